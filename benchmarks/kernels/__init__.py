@@ -1,0 +1,1 @@
+"""CPU timings by pytest-benchmark: `make bench`."""

@@ -1,0 +1,1 @@
+"""Passages and questions: loading, checking, wording. Nothing here imports torch."""

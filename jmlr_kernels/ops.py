@@ -1,0 +1,178 @@
+"""Every operation of the package as the dispatcher sees it: schema, fake kernel, FLOP formula, backends.
+
+One row of ``_TABLE`` is one operation. The operations hold no autograd: ``function.py`` beside each family
+wraps a forward and a backward operation in a ``torch.autograd.Function``. The backend is an argument, resolved
+once by :func:`resolve_backend`, so that ``torch.compile``, checkpointing and FLOP counters see one opaque call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+NAMESPACE = "jmlr_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class _Operation:
+    name: str
+    schema: str
+    fake: str  # "module:function", same arguments as the operation
+    flops: str  # "module:function", shapes in place of tensors
+    backends: dict[str, str]  # backend name -> "module:function", same arguments less `backend`
+
+
+_ATTENTION = "jmlr_kernels.shifted_attention"
+_MAXSIM = "jmlr_kernels.maxsim"
+
+_TABLE = (
+    _Operation(
+        "shifted_attention_forward",
+        "(Tensor q, Tensor k, Tensor v, int group_size, Tensor? cu_seqlens, Tensor? seq_lens, bool wrap,"
+        " float scale, str backend) -> (Tensor, Tensor)",
+        fake=f"{_ATTENTION}.function:fake_forward",
+        flops=f"{_ATTENTION}.flops:forward_flops",
+        backends={"triton": f"{_ATTENTION}.triton_forward:forward", "torch": f"{_ATTENTION}.torch_grouped:forward"},
+    ),
+    _Operation(
+        "shifted_attention_backward",
+        "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int group_size,"
+        " Tensor? cu_seqlens, Tensor? seq_lens, bool wrap, float scale, str backend) -> (Tensor, Tensor, Tensor)",
+        fake=f"{_ATTENTION}.function:fake_backward",
+        flops=f"{_ATTENTION}.flops:backward_flops",
+        backends={"triton": f"{_ATTENTION}.triton_backward:backward", "torch": f"{_ATTENTION}.torch_grouped:backward"},
+    ),
+    _Operation(
+        "maxsim_forward",
+        "(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask, Tensor? query_weights,"
+        " Tensor? cu_seqlens, bool candidates, bool need_winners, str backend) -> (Tensor, Tensor)",
+        fake=f"{_MAXSIM}.function:fake_forward",
+        flops=f"{_MAXSIM}.flops:forward_flops",
+        backends={"triton": f"{_MAXSIM}.triton_forward:forward", "torch": f"{_MAXSIM}.torch_chunked:forward"},
+    ),
+    _Operation(
+        "maxsim_backward",
+        "(Tensor grad_scores, Tensor queries, Tensor documents, Tensor winners, Tensor? query_weights,"
+        " Tensor? cu_seqlens, bool candidates, str backend) -> (Tensor, Tensor, Tensor)",
+        fake=f"{_MAXSIM}.function:fake_backward",
+        flops=f"{_MAXSIM}.flops:backward_flops",
+        backends={"triton": f"{_MAXSIM}.triton_backward:backward", "torch": f"{_MAXSIM}.torch_chunked:backward"},
+    ),
+)
+
+
+@cache
+def _load(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _register(operation: _Operation) -> None:
+    _library.define(operation.name + operation.schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def implementation(*args: Any) -> Any:
+        return _load(operation.backends[args[-1]])(*args[:-1])
+
+    def fake(*args: Any) -> Any:
+        return _load(operation.fake)(*args)
+
+    # CPU and CUDA by name, not a composite key: a meta tensor must reach the fake, never a kernel.
+    for device in ("CPU", "CUDA"):
+        _library.impl(operation.name, implementation, device)
+    torch.library.register_fake(f"{NAMESPACE}::{operation.name}", fake, lib=_library)
+
+    def flops(*args: Any, out_val: Any = None, out_shape: Any = None, **kwargs: Any) -> int:
+        return _load(operation.flops)(*args, **kwargs)
+
+    # get_raw: the formula needs the values of cu_seqlens and seq_lens, which shapes alone do not hold.
+    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), operation.name), get_raw=True)(flops)
+
+
+for _operation in _TABLE:
+    _register(_operation)
+
+
+# --------------------------------------------------------------------------- backends
+
+
+def triton_interpreted() -> bool:
+    """True when Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@cache
+def _triton_problem() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken driver or compiler install raises more than ImportError
+        return f"triton cannot be imported ({type(error).__name__}: {error}); install triton>=3.6"
+    return None
+
+
+def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run here, or None when it can."""
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"the Triton kernels take float16, bfloat16 and float32, not {dtype}; use backend='torch'"
+        if _triton_problem():
+            return _triton_problem()
+        if device.type == "cpu" and not triton_interpreted():
+            return "Triton runs on CPU tensors only under TRITON_INTERPRET=1; move the tensors to a GPU"
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16"
+        if device.type not in ("cpu", "cuda"):
+            return f"the Triton kernels run on CUDA devices, not on {device.type!r}; use backend='torch'"
+        return None
+    if backend in ("cuda", "cpu"):
+        return f"this build has no compiled {backend} library; use backend='triton' or 'torch'"
+    return f"unknown backend; choose one of {', '.join(BACKENDS)}"
+
+
+BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def resolve_backend(requested: str, tensor: torch.Tensor) -> str:
+    """The backend that will run: `requested` itself, or for "auto" the fastest one that can.
+
+    Raises:
+        ValueError: `requested` is no backend's name.
+        RuntimeError: a forced backend cannot run here; the message says why.
+    """
+    if requested not in BACKENDS:
+        raise ValueError(f"backend={requested!r}: choose one of {', '.join(BACKENDS)}")
+    if requested != "auto":
+        reason = _why_not(requested, tensor.device, tensor.dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend={requested!r} cannot run: {reason}")
+        return requested
+    if tensor.device.type != "cuda":
+        return "torch"
+    reason = _why_not("triton", tensor.device, tensor.dtype)
+    if reason is None:
+        return "triton"
+    if not torch.compiler.is_compiling():
+        _warn_once(f"jmlr_kernels falls back to plain torch on {tensor.device.type}: {reason}")
+    return "torch"
+
+
+def backend_info() -> dict[str, str]:
+    """Each backend's name, and "available" or the reason why it cannot run on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = [name for name in BACKENDS if name != "auto"]
+    return {name: _why_not(name, device, torch.float32) or "available" for name in names}

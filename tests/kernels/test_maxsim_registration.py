@@ -1,0 +1,104 @@
+"""What PyTorch asks of an operation: fakes, torch.compile, autocast, checkpointing, FLOP counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from maxsim_cases import make_case
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from jmlr_kernels import maxsim, maxsim_candidates
+
+LAYOUTS = [(False, False), (False, True), (True, False), (True, True)]
+
+
+@pytest.mark.parametrize(("candidates", "packed"), LAYOUTS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_opcheck(candidates: bool, packed: bool, weighted: bool) -> None:
+    case = make_case(candidates=candidates, packed=packed, masked=weighted, weighted=weighted).to(torch.float32)
+    offsets = case.options.get("cu_seqlens")
+    masks = (case.options.get("query_mask"), case.options.get("document_mask"))
+    forward = torch.ops.jmlr_kernels.maxsim_forward.default
+    backward = torch.ops.jmlr_kernels.maxsim_backward.default
+    arguments = (case.queries, case.documents, *masks, case.query_weights, offsets, candidates)
+    torch.library.opcheck(forward, (*arguments, False, "torch"))
+    torch.library.opcheck(forward, (*arguments, True, "torch"))
+    _, winners = forward(*arguments, True, "torch")
+    inputs = (case.queries, case.documents, winners, case.query_weights, offsets, candidates)
+    torch.library.opcheck(backward, (case.grad_scores, *inputs, "torch"))
+
+
+@pytest.mark.parametrize(("candidates", "packed"), LAYOUTS)
+def test_compile_without_graph_breaks(candidates: bool, packed: bool) -> None:
+    case = make_case(candidates=candidates, packed=packed, masked=True, weighted=True).to(torch.float32)
+    function = maxsim_candidates if candidates else maxsim
+
+    def loss(queries: Tensor, documents: Tensor, weights: Tensor) -> Tensor:
+        return function(queries, documents, query_weights=weights, normalize=True, **case.options).logsumexp(-1).sum()
+
+    gradients = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = case.leaves()
+        value = call(*leaves)
+        value.backward()
+        gradients.append([value.detach()] + [leaf.grad for leaf in leaves])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_autocast_takes_its_dtype_and_keeps_float32_scores() -> None:
+    """The inputs are rounded once; neither the operation nor its backward is rounded again inside."""
+    case = make_case(dimension=64, masked=True, weighted=True).to(torch.float32)
+    queries, documents, weights = case.leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = maxsim(queries, documents, query_weights=weights, **case.options)
+        scores.backward(case.grad_scores)
+    rounded = case.to(torch.bfloat16).run("torch")
+    assert scores.dtype == torch.float32 and torch.equal(scores, rounded["scores"])
+    assert queries.grad.dtype == torch.float32 and torch.equal(queries.grad, rounded["grad_queries"].float())
+    assert torch.equal(documents.grad, rounded["grad_documents"].float())
+
+
+def test_activation_checkpointing() -> None:
+    case = make_case(masked=True)
+    expected = case.run("torch")
+    queries, documents, _ = case.leaves()
+    scores = checkpoint(lambda q, d: maxsim(q, d, **case.options), queries, documents, use_reentrant=False)
+    scores.backward(case.grad_scores)
+    assert torch.equal(queries.grad, expected["grad_queries"])
+    assert torch.equal(documents.grad, expected["grad_documents"])
+
+
+def test_fakes_follow_shapes() -> None:
+    queries = torch.empty(3, 5, 8, device="meta", dtype=torch.bfloat16)
+    assert maxsim(queries, torch.empty(4, 9, 8, device="meta", dtype=torch.bfloat16)).shape == (3, 4)
+    packed = torch.empty(50, 8, device="meta", dtype=torch.bfloat16)
+    offsets = torch.empty(7, device="meta", dtype=torch.int32)
+    scores, winners = maxsim_candidates(queries, packed, cu_seqlens=offsets, return_alignment=True)
+    assert scores.shape == (3, 2) and scores.dtype == torch.float32
+    assert winners.shape == (3, 2, 5) and winners.dtype == torch.int32
+
+
+@pytest.mark.parametrize(("candidates", "packed"), LAYOUTS)
+def test_flops(candidates: bool, packed: bool) -> None:
+    case = make_case(candidates=candidates, packed=packed).to(torch.float32)
+    queries, documents, _ = case.leaves()
+    function = maxsim_candidates if candidates else maxsim
+    with FlopCounterMode(display=False) as counter:
+        function(queries, documents, **case.options).sum().backward()
+    tokens = documents.numel() // 20
+    forward = 2 * 20 * 5 * tokens * (1 if candidates else 3)
+    assert counter.get_total_flops() == forward + 2 * 2 * 20 * (3 * 4 * 5)
+
+
+def test_saved_state_is_inputs_and_winners() -> None:
+    case = make_case(query_count=4, documents=50, document_length=60, query_length=8)
+    saved: list[int] = []
+    queries, documents, _ = case.leaves()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t
+    ):
+        maxsim(queries, documents)
+    assert sum(saved) == 8 * (queries.numel() + documents.numel()) + 4 * (4 * 50 * 8)

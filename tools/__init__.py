@@ -1,0 +1,1 @@
+"""Checks and generators for developers; not part of the distribution."""

@@ -1,0 +1,265 @@
+"""`make gpu`: everything that needs a GPU, in one command of under nine minutes, without a network.
+
+Four phases, each a process of its own with its own time limit, so that a kernel that kills the CUDA context ends its
+phase and not the others: the GPU tests, the timings of both operations, and a few steps of joint training. Results go
+to ``benchmarks/results/<gpu>/`` (``--out`` overrides): one JSON file for each operation, ``summary.json``, and
+``log.txt`` with all that the phases printed. The last thing printed is a short table. Exit code 1 when a phase fails.
+
+    python -m tools.gpu_check [--out DIR] [--phases tests,attention] [--commit HASH] [--dry-run]
+
+``--dry-run`` walks the same path on the CPU with tiny shapes and trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks.environment import ROOT, describe, folder_name
+from benchmarks.peers import unpack_wheels
+from tools.gpu_table import operation_table, phase_table
+
+TOTAL_SECONDS = 525.0
+PHASE_SECONDS = {"tests": 140.0, "attention": 155.0, "maxsim": 150.0, "training": 75.0}
+
+
+@dataclass
+class Phase:
+    """What became of one phase: "passed", "failed" or "skipped", and one clause that says what or why."""
+
+    name: str
+    outcome: str
+    seconds: float
+    detail: str
+
+
+@dataclass
+class Context:
+    """What every phase needs to know."""
+
+    out: Path
+    scratch: Path
+    log: IO[str]
+    environment: dict[str, str]
+    dry_run: bool
+    commit: str | None
+
+    def run(self, command: list[str], seconds: float) -> tuple[int | None, str]:
+        """Exit code (None past the time limit) and all output of a command, which also goes to the log."""
+        self.log.write(f"$ {' '.join(command)}\n")
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=seconds)
+            code: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # compile workers and all
+            output, _ = process.communicate()
+            code = None
+        self.log.write(output + "\n")
+        self.log.flush()
+        return code, output
+
+
+def _missing(*modules: str) -> str | None:
+    absent = [module for module in modules if importlib.util.find_spec(module) is None]
+    return f"{', '.join(absent)} cannot be imported here" if absent else None
+
+
+def _last_line(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "no output"
+
+
+def _verdict(name: str, code: int | None, seconds: float, limit: float, detail: str) -> Phase:
+    if code is None:
+        return Phase(name, "failed", seconds, f"stopped after its {limit:.0f} s; {detail}")
+    return Phase(name, "passed" if code == 0 else "failed", seconds, detail)
+
+
+def _test_counts(report: Path) -> str | None:
+    """ "12 passed, 1 failed, 3 skipped" out of a JUnit file, with the names of what failed."""
+    if not report.is_file():
+        return None
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    kinds = {"failed": ("failure", "error"), "skipped": ("skipped",)}
+    found = {
+        kind: [case for case in cases if any(case.find(tag) is not None for tag in tags)]
+        for kind, tags in kinds.items()
+    }
+    passed = len(cases) - sum(map(len, found.values()))
+    names = ", ".join(case.get("name", "?") for case in found["failed"][:5])
+    counts = f"{passed} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped"
+    return counts + (f" ({names})" if names else "")
+
+
+def tests(context: Context, limit: float) -> Phase:
+    """Every test marked `gpu`. Files that ask for an absent library are left out and named."""
+    started = time.monotonic()
+    missing = _missing("pytest")
+    if missing:
+        return Phase("tests", "skipped", 0.0, missing)
+    folders = ["tests/gpu"] if context.dry_run else ["tests/gpu", "tests/kernels"]
+    left_out = []
+    if _missing("hypothesis"):
+        files = sorted(path for folder in folders for path in Path(ROOT, folder).rglob("test_*.py"))
+        left_out = [str(path.relative_to(ROOT)) for path in files if "hypothesis" in path.read_text()]
+    report = context.scratch / "tests.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        *folders,
+    ]
+    command += [f"--ignore={path}" for path in left_out] + [f"--junitxml={report}"]
+    code, output = context.run(command, limit)
+    detail = _test_counts(report) or _last_line(output)
+    if left_out:
+        detail += f"; left out for want of hypothesis: {', '.join(left_out)}"
+    return _verdict("tests", code, time.monotonic() - started, limit, detail)
+
+
+def operation(name: str) -> Callable[[Context, float], Phase]:
+    """The phase that times one operation."""
+
+    def phase(context: Context, limit: float) -> Phase:
+        started = time.monotonic()
+        path = context.out / f"{name}.json"
+        path.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "benchmarks.run", name, "--out", str(path), "--budget", f"{limit - 15:.0f}"]
+        command += ["--dry-run"] * context.dry_run + (["--commit", context.commit] if context.commit else [])
+        code, output = context.run(command, limit)
+        if not path.is_file():
+            return _verdict(name, code or 1, time.monotonic() - started, limit, _last_line(output))
+        cases = len(json.loads(path.read_text())["cases"])
+        detail = f"{cases} cases timed" + ("" if code == 0 else f"; {_last_line(output)}")
+        return _verdict(name, code, time.monotonic() - started, limit, detail)
+
+    return phase
+
+
+def train_steps(context: Context, limit: float, steps: int = 20, device: str = "cuda") -> Phase:
+    """A few steps of the quick-start recipe on the GPU, from reading the corpus to the report."""
+    started = time.monotonic()
+    if context.dry_run:
+        return Phase("training", "skipped", 0.0, "a dry run trains nothing")
+    missing = _missing("faiss", "transformers", "tokenizers", "yaml", "matplotlib", "jinja2", "tqdm")
+    if missing:
+        return Phase("training", "skipped", 0.0, missing)
+    command = [sys.executable, "-m", "jmlr", "train", "--recipe", "quickstart", "--max-steps", str(steps)]
+    command += ["--device", device, "--name", "gpu-check", "--runs", str(context.scratch)]
+    code, output = context.run(command, limit)
+    detail = f"{steps} joint steps" if code == 0 else _last_line(output)
+    return _verdict("training", code, time.monotonic() - started, limit, detail)
+
+
+PHASES: dict[str, Callable[[Context, float], Phase]] = {
+    "tests": tests,
+    "attention": operation("attention"),
+    "maxsim": operation("maxsim"),
+    "training": train_steps,
+}
+
+
+def _environment(wheels: Path) -> dict[str, str]:
+    """The phases' environment: the working tree and the unpacked wheels come first on the module path."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(wheels)])}
+    if os.environ.get("PYTHONPATH"):
+        environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
+    return environment
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the phases, write summary.json, print the table. 0: all passed or skipped; 1: one failed; 2: no GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results/<gpu>)")
+    parser.add_argument("--phases", default=",".join(PHASES), help="comma-separated; default: all")
+    parser.add_argument("--commit", help="the commit to name where there is no repository")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, nothing trained")
+    options = parser.parse_args(arguments)
+    chosen = options.phases.split(",")
+    unknown = [name for name in chosen if name not in PHASES]
+    if unknown:
+        print(f"tools.gpu_check: no phase {unknown[0]!r}; choose from {', '.join(PHASES)}", file=sys.stderr)
+        return 2
+
+    machine = describe(options.commit)
+    if machine["gpu"] is None and not options.dry_run:
+        print("tools.gpu_check: no CUDA device was found; --dry-run walks the same path on the CPU", file=sys.stderr)
+        return 2
+    default = (
+        ROOT / "runs" / "gpu-dry-run" if options.dry_run else ROOT / "benchmarks" / "results" / folder_name(machine)
+    )
+    out = (options.out or default).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
+
+    started = time.monotonic()
+    phases: list[Phase] = []
+    with tempfile.TemporaryDirectory() as scratch, (out / "log.txt").open("w") as log:
+        wheels = Path(scratch, "wheels")
+        carried = unpack_wheels(ROOT / ".whl", wheels)
+        sys.path.append(str(wheels))  # so that this process sees what the phases will see
+        if carried:
+            print(f"carried wheels: {', '.join(carried)}", flush=True)
+        context = Context(out, Path(scratch), log, _environment(wheels), options.dry_run, options.commit)
+        for name in chosen:
+            left = TOTAL_SECONDS - (time.monotonic() - started)
+            limit = min(PHASE_SECONDS[name], left)
+            if limit < 20:
+                phase = Phase(name, "failed", 0.0, "no time was left for it")
+            else:
+                try:
+                    phase = PHASES[name](context, limit)
+                except Exception as error:  # the other phases must still run
+                    phase = Phase(name, "failed", 0.0, f"{type(error).__name__}: {error}")
+            phases.append(phase)
+            print(f"{phase.name}: {phase.outcome} after {phase.seconds:.0f} s: {phase.detail}", flush=True)
+
+    summary: dict[str, Any] = {"environment": machine, "phases": [asdict(phase) for phase in phases]}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    _print_tables(machine, out, [asdict(phase) for phase in phases])
+    return 1 if any(phase.outcome == "failed" for phase in phases) else 0
+
+
+def _print_tables(machine: dict[str, Any], out: Path, phases: list[dict[str, Any]]) -> None:
+    for phase in phases:
+        path = out / f"{phase['name']}.json"
+        if phase["name"] in ("attention", "maxsim") and path.is_file():
+            print(f"\n{operation_table(json.loads(path.read_text()))}")
+    print(
+        f"\n{machine['gpu'] or machine['cpu']}, driver {machine.get('driver', '-')}, torch {machine['torch']},"
+        f" triton {machine['triton']}, python {machine['python']}, commit {machine['commit'][:12]}; results in {out}"
+    )
+    print(phase_table(phases))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
