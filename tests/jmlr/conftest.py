@@ -23,6 +23,15 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
 
 @pytest.fixture
 def small_data(tmp_path: Path) -> Path:
+    return make_small_data(tmp_path)
+
+
+@pytest.fixture
+def small_recipe(small_data: Path) -> Path:
+    return make_small_recipe(small_data)
+
+
+def make_small_data(directory: Path) -> Path:
     """corpus.jsonl, train.jsonl and test.jsonl: 12 syndromes with two passages each."""
     passages, questions = [], []
     for number, name in enumerate(NAMES):
@@ -45,14 +54,13 @@ def small_data(tmp_path: Path) -> Path:
                 "supporting_passage": f"{name}-i",
             }
         )
-    write_jsonl(tmp_path / "corpus.jsonl", passages)
-    write_jsonl(tmp_path / "train.jsonl", questions[:8])
-    write_jsonl(tmp_path / "test.jsonl", questions[8:])
-    return tmp_path
+    write_jsonl(directory / "corpus.jsonl", passages)
+    write_jsonl(directory / "train.jsonl", questions[:8])
+    write_jsonl(directory / "test.jsonl", questions[8:])
+    return directory
 
 
-@pytest.fixture
-def small_recipe(small_data: Path) -> Path:
+def make_small_recipe(small_data: Path) -> Path:
     """A recipe over ``small_data``: every part of a real run, a few seconds long."""
     recipe = small_data / "small.yaml"
     recipe.write_text(
