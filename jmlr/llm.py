@@ -139,16 +139,17 @@ def add_lora(model: nn.Module, config: LLMConfig) -> nn.Module:
 
 
 def pad_prompts(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids int64 [N, L] padded right; for the supervised tokens: their flat places N*L and their sequence numbers."""
+    """ids int64 [N, L] padded right, and of the supervised tokens: flat places in N * L and in N * longest answer."""
     length = max(len(p.ids) for p in prompts)
+    longest = max(p.answer for p in prompts)
     ids = torch.full((len(prompts), length), pad)
-    places, owner = [], []
+    places, cells = [], []
     for row, prompt in enumerate(prompts):
         size = len(prompt.ids)
         ids[row, :size] = torch.tensor(prompt.ids)
         places.extend(range(row * length + size - prompt.answer, row * length + size))
-        owner.extend([row] * prompt.answer)
-    return ids, torch.tensor(places), torch.tensor(owner)
+        cells.extend(range(row * longest, row * longest + prompt.answer))
+    return ids, torch.tensor(places), torch.tensor(cells)
 
 
 def answer_losses(model: nn.Module, prompts: Sequence[Prompt], pad: int) -> Tensor:
@@ -159,13 +160,15 @@ def answer_losses(model: nn.Module, prompts: Sequence[Prompt], pad: int) -> Tens
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = causal.get_input_embeddings().weight.device
-    ids, places, owner = (t.to(device) for t in pad_prompts(prompts, pad))
+    ids, places, cells = (t.to(device) for t in pad_prompts(prompts, pad))
+    sizes = torch.tensor([float(p.answer) for p in prompts], device=device)
     hidden = causal.model(input_ids=ids, use_cache=False).last_hidden_state
     # The state one place earlier predicts a token; an answer never starts a sequence, so place - 1 is in its row.
     logits = causal.lm_head(hidden.reshape(-1, hidden.shape[-1])[places - 1])
     per_token = functional.cross_entropy(logits.float(), ids.reshape(-1)[places], reduction="none")
-    total = torch.zeros(len(prompts), device=device).index_add(0, owner, per_token)
-    return total / torch.bincount(owner, minlength=len(prompts))
+    # Summed as rows of a table, each cell written once: an index_add would differ from run to run on a GPU.
+    table = per_token.new_zeros(len(prompts) * max(p.answer for p in prompts)).index_put((cells,), per_token)
+    return table.view(len(prompts), -1).sum(-1) / sizes
 
 
 @torch.no_grad()

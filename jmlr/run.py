@@ -33,7 +33,6 @@ from jmlr.retriever.encoder import load_retriever
 from jmlr.runs import CONFIG_FILE, run_config
 from jmlr.trainer import last_checkpoint
 
-
 hf_logging.set_verbosity_error()  # loading reports list the fresh linear map of every plain BERT
 hf_logging.disable_progress_bar()  # the run has a progress line of its own
 
@@ -91,7 +90,7 @@ def _train_and_evaluate(parts: Parts, phase: str, run_dir: Path, *, resume: bool
                 )
 
             train_phase(parts, phase, run_dir, resume=resume, max_steps=max_steps, report=report)
-    if finished(run_dir / phase):
+    if finished(run_dir / phase) and load_results(run_dir, phase) is None:
         evaluate_phase(parts, phase, run_dir, parts.config.evaluate.systems)
 
 

@@ -61,6 +61,7 @@ class ExactIndex:
         # faiss owns the memory; the tensor is a view of it, so the vectors are held once.
         stored = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
         self.vectors = torch.from_numpy(stored)
+        self._elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def build(
@@ -90,12 +91,21 @@ class ExactIndex:
 
         Best first, ties to the lower number; k is cut to the number of passages. Rows with fewer candidates than k
         end in score -inf and number -1. `tokens_each` forces the candidate search with so many tokens per query token.
+        The exhaustive search runs where the queries are; results are on the CPU.
         """
         k = min(k, len(self.passage_ids))
-        queries = queries.float().cpu()
+        queries = queries.float()
         if tokens_each is None and len(self.passage_ids) <= self.exhaustive_passages:
-            return _best(maxsim(queries, self.vectors, cu_seqlens=self.offsets), k)
-        return self._search_candidates(queries, k, tokens_each or max(32, 2 * k))
+            vectors, offsets = self._on(queries.device)
+            return _best(maxsim(queries, vectors, cu_seqlens=offsets).cpu(), k)
+        return self._search_candidates(queries.cpu(), k, tokens_each or max(32, 2 * k))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device.type == "cpu":
+            return self.vectors, self.offsets
+        if device not in self._elsewhere:
+            self._elsewhere[device] = (self.vectors.to(device), self.offsets.to(device))
+        return self._elsewhere[device]
 
     def _search_candidates(self, queries: Tensor, k: int, tokens_each: int) -> tuple[Tensor, Tensor]:
         count, length, dim = queries.shape

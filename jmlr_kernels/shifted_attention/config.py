@@ -82,7 +82,7 @@ _SM90 = {
 }
 _SM80 = {
     "forward": _by_width(Tiles(128, 64, 4, 3), Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 32, 8, 2)),
-    "backward_dq": _by_width(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    "backward_dq": _by_width(Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2)),
     "backward_dkdv": _by_width(Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1)),
 }
 _SMALL = {
@@ -97,7 +97,7 @@ _WRAP = {
 }
 _FLOAT32 = {
     "forward": _by_width(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1)),
-    "backward_dq": _by_width(Tiles(64, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 3)),
+    "backward_dq": _by_width(Tiles(64, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 3)),
     "backward_dkdv": _by_width(Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
 _WRAP_FLOAT32 = {

@@ -209,7 +209,8 @@ def test_a_killed_run_resumes_to_the_same_losses(small_recipe: Path, tmp_path: P
     """SIGKILL at five moments of one run, `jmlr train --resume` after each, against one undisturbed run."""
 
     def command(name: str, *more: str) -> list[str]:
-        words = ["train", "--recipe", str(small_recipe), "--runs", str(tmp_path), "--set", "train.steps=40", "--name"]
+        words = ["train", "--recipe", str(small_recipe), "--runs", str(tmp_path), "--set", "train.steps=40"]
+        words += ["--set", "train.parallel_baselines=true", "--name"]
         return [sys.executable, "-m", "jmlr", *words, name, *more]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
