@@ -106,7 +106,7 @@ def load_llm(directory: str | Path, config: LLMConfig) -> nn.Module:
             model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[config.dtype], **extra)
     except Exception as error:  # the loaders raise many types for a damaged or foreign file
         raise _unusable(directory, error) from None
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_model(model)
     if extra:  # dequantised on loading: from here on an ordinary model that can be trained and saved
         causal.hf_quantizer = None
         causal.is_quantized = False
@@ -138,12 +138,19 @@ def add_lora(model: nn.Module, config: LLMConfig) -> nn.Module:
     return adapted
 
 
+def causal_model(model: nn.Module) -> Any:
+    """The transformers model itself, out of a PEFT wrapper if there is one."""
+    wrapper: Any = model
+    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
+
+
 def pad_prompts(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """ids int64 [N, L] padded right, and of the supervised tokens: flat places in N * L and in N * longest answer."""
     length = max(len(p.ids) for p in prompts)
     longest = max(p.answer for p in prompts)
     ids = torch.full((len(prompts), length), pad)
-    places, cells = [], []
+    places: list[int] = []
+    cells: list[int] = []
     for row, prompt in enumerate(prompts):
         size = len(prompt.ids)
         ids[row, :size] = torch.tensor(prompt.ids)
@@ -158,7 +165,7 @@ def answer_losses(model: nn.Module, prompts: Sequence[Prompt], pad: int) -> Tens
     Logits exist at answer positions only, never as a [tokens, vocabulary] tensor. No attention mask is passed:
     padding stands on the right, where causal attention never lets a real token see it.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_model(model)
     device = causal.get_input_embeddings().weight.device
     ids, places, cells = (t.to(device) for t in pad_prompts(prompts, pad))
     sizes = torch.tensor([float(p.answer) for p in prompts], device=device)

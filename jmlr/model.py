@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class JointModel(nn.Module):
 
     def __init__(self, llm: nn.Module, retriever: ColBERT | None, joint: JointConfig, texts: TrainingTexts) -> None:
         super().__init__()
-        self.llm = llm
+        self.llm: Any = llm
         self.retriever = retriever
         self.joint = joint
         self.texts = texts
@@ -101,9 +102,11 @@ class JointModel(nn.Module):
         documents = self.texts.documents.rows(unique).to(device)
         encoded = self.retriever(documents.ids, documents.attend)
         if self.joint.in_batch_documents:  # every passage of the batch is scored anyway
-            return maxsim(encoded_queries, encoded, document_mask=documents.keep).gather(1, inverse.to(device))
+            scores = cast(Tensor, maxsim(encoded_queries, encoded, document_mask=documents.keep))
+            return scores.gather(1, inverse.to(device))
         inverse = inverse.to(device)
-        return maxsim_candidates(encoded_queries, encoded[inverse], document_mask=documents.keep[inverse])
+        keep = documents.keep[inverse]
+        return cast(Tensor, maxsim_candidates(encoded_queries, encoded[inverse], document_mask=keep))
 
     @staticmethod
     def best(scores: Tensor, candidates: Tensor, count: int) -> list[list[int]]:

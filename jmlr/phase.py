@@ -44,7 +44,7 @@ def phase_config(config: RunConfig, phase: str) -> RunConfig:
 class Trained:
     """A finished phase, loaded: models in eval mode, and the index of its retriever."""
 
-    llm: nn.Module
+    llm: Any
     retriever: ColBERT | None
     index: ExactIndex | None
 

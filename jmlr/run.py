@@ -319,7 +319,7 @@ def ask(run_dir: Path, question: str, options: Sequence[str] = (), top: int | No
 
 
 @torch.no_grad()
-def _generate(llm: torch.nn.Module, prompts: PromptBuilder, question: Question, context: list[int]) -> str:
+def _generate(llm: Any, prompts: PromptBuilder, question: Question, context: list[int]) -> str:
     built = prompts.build(question, context, "")
     ids = torch.tensor([built.ids[: -len(prompts.end)]], device=next(llm.parameters()).device)
     room = min(32, prompts.max_length - ids.shape[1])

@@ -191,7 +191,7 @@ class JointTrainer(Trainer):
         return numbers.to(question.device)
 
     @property
-    def joint_model(self) -> JointModel:
+    def joint_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model) if hasattr(self, "accelerator") else self.model
 
     def refresh_index(self) -> None:
@@ -211,7 +211,7 @@ class JointTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the language model's and the retriever's parameters at their own rates."""
-        if self.optimizer is None:
+        if getattr(self, "optimizer", None) is None:
             decayed = set(self.get_decay_parameter_names(self.model))
             groups: list[dict[str, Any]] = []
             train = self.config.train
@@ -239,14 +239,17 @@ class JointTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """One schedule a model: the retriever's begins where the rank loss does."""
-        if self.lr_scheduler is None:
+        if getattr(self, "lr_scheduler", None) is None:
             train, joint = self.config.train, self.config.joint
-            language = partial(rate_at, train, warmup=round(train.steps * train.warmup_ratio), begin=0)
-            ranker = partial(rate_at, train, warmup=joint.rank_ramp_steps, begin=joint.rank_warmup_steps)
+            language: Callable[[int], float] = partial(
+                rate_at, train, warmup=round(train.steps * train.warmup_ratio), begin=0
+            )
+            ranker: Callable[[int], float] = partial(
+                rate_at, train, warmup=joint.rank_ramp_steps, begin=joint.rank_warmup_steps
+            )
             optimizer = self.optimizer if optimizer is None else optimizer
             parts = [group["part"] for group in optimizer.param_groups]
-            schedules = [language if part == "llm" else ranker for part in parts]
-            self.lr_scheduler = LambdaLR(optimizer, [lambda step, f=f: f(step) for f in schedules])
+            self.lr_scheduler = LambdaLR(optimizer, [language if part == "llm" else ranker for part in parts])
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

@@ -59,8 +59,8 @@ def section() -> str:
     lines += [
         "",
         f"{joint['questions']} questions about {joint['clusters']} conditions never trained on; {confidence} intervals"
-        f" by bootstrap over conditions; {minutes:.0f} minutes on {made['cores']} CPU cores (torch {made['torch']}, commit"
-        f" {first['commit']}).",
+        f" by bootstrap over conditions; {minutes:.0f} minutes on {made['cores']} CPU cores"
+        f" (torch {made['torch']}, commit {first['commit']}).",
     ]
     for run in runs:
         accuracy, recall = (run["comparison"][key] for key in ("accuracy", "recall_at_1"))

@@ -228,7 +228,8 @@ def _cluster_sums(
         raise ValueError(f"one cluster label per question is needed: {len(values)} questions, {len(clusters)} labels")
     positions: dict[Hashable, int] = {}
     members = np.asarray([positions.setdefault(label, len(positions)) for label in clusters])
-    return np.bincount(members, weights=values), np.bincount(members).astype(np.float64)
+    sums = np.bincount(members, weights=values).astype(np.float64)
+    return sums, np.bincount(members).astype(np.float64)
 
 
 def _check_settings(confidence: float, resamples: int) -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import faiss
 import numpy as np
@@ -48,11 +49,11 @@ def encoder_fingerprint(model: torch.nn.Module) -> str:
 
 
 class ExactIndex:
-    """Token vectors of a corpus. ``passage_ids[i]`` names passage i; a passage's tokens lie side by side."""
+    """Token vectors of a corpus in a faiss.IndexFlatIP, a passage's side by side; ``passage_ids[i]`` is its name."""
 
     exhaustive_passages = 20_000
 
-    def __init__(self, flat: faiss.IndexFlatIP, offsets: Tensor, passage_ids: list[str], manifest: Manifest) -> None:
+    def __init__(self, flat: Any, offsets: Tensor, passage_ids: list[str], manifest: Manifest) -> None:
         self.flat = flat
         self.offsets = offsets  # int32 [passages + 1]
         self.passage_ids = passage_ids
@@ -97,7 +98,8 @@ class ExactIndex:
         queries = queries.float()
         if tokens_each is None and len(self.passage_ids) <= self.exhaustive_passages:
             vectors, offsets = self._on(queries.device)
-            return _best(maxsim(queries, vectors, cu_seqlens=offsets).cpu(), k)
+            scores = cast(Tensor, maxsim(queries, vectors, cu_seqlens=offsets))
+            return _best(scores.cpu(), k)
         return self._search_candidates(queries.cpu(), k, tokens_each or max(32, 2 * k))
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,7 @@ class ExactIndex:
             candidates = self._owner[found[found >= 0]].unique()
             documents, mask = self.padded(candidates)
             exact = maxsim_candidates(queries[row : row + 1], documents[None], document_mask=mask[None])
-            best, where = _best(exact, min(k, len(candidates)))
+            best, where = _best(cast(Tensor, exact), min(k, len(candidates)))
             scores[row, : best.shape[1]] = best[0]
             numbers[row, : best.shape[1]] = candidates[where[0]]
         return scores, numbers
