@@ -6,6 +6,7 @@ registers and stack from the result. A configuration fails
 * when it needs more shared memory (or, on sm_100, tensor memory) than a block of the chip may have,
 * when it keeps anything on the stack: a spilled register, or an array that the compiler could not place,
 * when it must use Hopper's asynchronous matrix instruction (`wants_wgmma`) and the sm_90 code has none,
+* when hardly a register is used: the compiler took the body for unreachable and left no code,
 * when it does not compile.
 
 A module takes part by a function ``configurations(capability) -> list[dict]`` with the keys ``name``, ``kernel`` (the
@@ -37,6 +38,7 @@ CAPABILITIES = (80, 90, 100)
 
 # The most shared memory of one block, by CUDA's programming guide (table of compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+FEWEST_REGISTERS = 16  # addresses and bounds alone take more
 TENSOR_MEMORY_COLUMNS = 512
 
 _RESOURCES = re.compile(r"REG:(\d+)\s+STACK:(\d+)\s+SHARED:(\d+)\s+LOCAL:(\d+)")
@@ -110,6 +112,8 @@ def compile_one(module: str, index: int, capability: int) -> Report:
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     if columns > TENSOR_MEMORY_COLUMNS:
         report.problems.append(f"{columns} columns of tensor memory, the chip has {TENSOR_MEMORY_COLUMNS}")
+    if report.registers < FEWEST_REGISTERS:
+        report.problems.append(f"{report.registers} registers: the compiler left no code of it")
     if report.stack_bytes > 0:
         report.problems.append(f"{report.stack_bytes} bytes of stack per thread: registers spill or an array is local")
     if capability == 90 and configuration["wants_wgmma"] and not report.wgmma:

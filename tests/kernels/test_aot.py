@@ -29,7 +29,8 @@ def test_each_seeded_fault_is_named(tmp_path: Path) -> None:
     assert any("stack" in problem for problem in rows["spills"]["problems"])
     assert any("shared memory" in problem for problem in rows["too-large"]["problems"])
     assert ["wgmma" in problem for problem in rows["no-wgmma"]["problems"]] == [True]
-    assert "4 compiled ahead of time" in run.stdout and "3 of them failing" in run.stdout
+    assert any("no code" in problem for problem in rows["vanished"]["problems"])
+    assert "5 compiled ahead of time" in run.stdout and "4 of them failing" in run.stdout
 
 
 def test_a_sound_kernel_passes_even_where_the_interpreter_is_switched_on() -> None:
