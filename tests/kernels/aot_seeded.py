@@ -40,7 +40,7 @@ def _configuration(
 
 
 def configurations(capability: int) -> list[dict[str, Any]]:
-    """The sound kernel, then: accumulators for 128 threads in 32, three stages of a huge tile, too few rows, no code."""
+    """The sound kernel, then: accumulators for 128 threads in 32, stages of a huge tile, too few rows, no code."""
     return [
         _configuration("sound", (128, 128, 64), warps=8, stages=2),
         _configuration("spills", (128, 256, 32), warps=1, stages=1),
