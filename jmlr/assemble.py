@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +12,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from jmlr.config import LLMConfig, RetrieverConfig, RunConfig
+from jmlr.data.corpus import Passage
 from jmlr.data.prompts import PromptBuilder
+from jmlr.data.questions import Question
 from jmlr.data.texts import Texts, load_texts
 from jmlr.data.vocabulary import build_word_tokenizer
-from jmlr.data.wordings import WORDINGS
+from jmlr.data.wordings import WORDINGS, words
 from jmlr.llm import add_lora, build_llm, load_llm, load_llm_tokenizer, package_directory
 from jmlr.model import TrainingTexts
 from jmlr.retriever.encoder import (
@@ -66,6 +69,7 @@ class Parts:
             documents=self.documents if retrieval else None,
             prompts=self.prompts,
             pad=self.prompts.end[0],
+            own_rationale=own_rationales(train, self.texts.passages) if self.config.joint.exclude_own_rationale else {},
         )
 
     @cached_property
@@ -83,6 +87,42 @@ class Parts:
             document_length=self.retriever_tokenizer.document_length,
             version=version,
         )
+
+
+RUN = 8
+"""Words in a row: rationales and passages shorter than this are too common to be anybody's own."""
+
+
+def own_rationales(questions: Sequence[Question], passages: Sequence[Passage]) -> dict[int, frozenset[int]]:
+    """For each question (by number) the passages that repeat its published rationale, or are a part of it.
+
+    The authors' corpus held a rationale for every training question, so that the retriever could find the answer to
+    the very question: training was easier than any test (defect 10 of the released code). Linear in the texts: a
+    text is looked for only where its first eight words stand.
+    """
+    rationales = {n: text for n, q in enumerate(questions) if len(text := words(q.rationale)) >= RUN}
+    if not rationales:
+        return {}
+    begins: dict[tuple[str, ...], list[int]] = {}
+    for number, text in rationales.items():
+        begins.setdefault(tuple(text[:RUN]), []).append(number)
+    found: dict[int, set[int]] = {}
+    starts: dict[tuple[str, ...], list[tuple[int, list[str]]]] = {}
+    for place, passage in enumerate(passages):
+        body = words(passage.text)
+        if len(body) >= RUN:
+            starts.setdefault(tuple(body[:RUN]), []).append((place, body))
+        for at in range(len(body) - RUN + 1):
+            for number in begins.get(tuple(body[at : at + RUN]), ()):
+                text = rationales[number]
+                if body[at : at + len(text)] == text:
+                    found.setdefault(number, set()).add(place)
+    for number, text in rationales.items():
+        for at in range(len(text) - RUN + 1):
+            for place, body in starts.get(tuple(text[at : at + RUN]), ()):
+                if text[at : at + len(body)] == body:
+                    found.setdefault(number, set()).add(place)
+    return {number: frozenset(places) for number, places in found.items()}
 
 
 def assemble(config: RunConfig, texts: Texts | None = None) -> Parts:

@@ -96,10 +96,9 @@ class JointConfig:
     rank_warmup_steps: int = number(60, low=0)  # steps before the rank loss counts
     rank_ramp_steps: int = number(20, low=0)  # after them, over which the retriever's rate rises
     refresh_steps: int = number(50, low=0)  # steps between two indexes; 0: never refreshed
-    in_batch_documents: bool = False
     average_decay: float = number(0.98, low=0, below=1)  # moving average of the retriever; 0: none
     train_retriever: bool = True
-    exclude_own_rationale: bool = True
+    exclude_own_rationale: bool = True  # a passage that repeats the question's published rationale is no candidate
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def load_llm_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_llm(directory: str | Path, config: LLMConfig) -> nn.Module:
-    """Loads a causal language model: a transformers directory, LoRA adapters included, or one with one GGUF file.
+    """Loads a causal language model: a transformers directory, or one with a single GGUF file.
 
     Raises:
         UserError: nothing loadable there.
@@ -98,22 +98,16 @@ def load_llm(directory: str | Path, config: LLMConfig) -> nn.Module:
         raise UserError("no language model there", file=directory, remedy="name a directory with a checkpoint")
     extra = _gguf(directory)
     try:
-        if (directory / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
-
-            model = AutoPeftModelForCausalLM.from_pretrained(directory, dtype=DTYPES[config.dtype])
-        else:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[config.dtype], **extra)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[config.dtype], **extra)
     except Exception as error:  # the loaders raise many types for a damaged or foreign file
         raise _unusable(directory, error) from None
-    causal = causal_model(model)
     if extra:  # dequantised on loading: from here on an ordinary model that can be trained and saved
-        causal.hf_quantizer = None
-        causal.is_quantized = False
-        if hasattr(causal.config, "quantization_config"):
-            del causal.config.quantization_config
-    causal.config.s2_group_size = config.s2_group_size
-    causal.set_attn_implementation(config.attention)
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    model.config.s2_group_size = config.s2_group_size
+    model.set_attn_implementation(config.attention)
     return model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from jmlr.data.questions import Question
 from jmlr.llm import answer_losses, score_answers
 from jmlr.objective import rank_loss, sample_documents, scale_scores
 from jmlr.retriever.encoder import ColBERT, TokenBatch
-from jmlr_kernels import maxsim, maxsim_candidates
+from jmlr_kernels import maxsim_candidates
 
 
 @dataclass
@@ -33,6 +33,7 @@ class TrainingTexts:
     documents: TokenBatch | None
     prompts: PromptBuilder
     pad: int
+    own_rationale: dict[int, frozenset[int]] = field(default_factory=dict)  # question -> passages that repeat it
 
 
 class JointModel(nn.Module):
@@ -101,9 +102,6 @@ class JointModel(nn.Module):
         unique, inverse = candidates.clamp(min=0).cpu().unique(return_inverse=True)
         documents = self.texts.documents.rows(unique).to(device)
         encoded = self.retriever(documents.ids, documents.attend)
-        if self.joint.in_batch_documents:  # every passage of the batch is scored anyway
-            scores = cast(Tensor, maxsim(encoded_queries, encoded, document_mask=documents.keep))
-            return scores.gather(1, inverse.to(device))
         inverse = inverse.to(device)
         keep = documents.keep[inverse]
         return cast(Tensor, maxsim_candidates(encoded_queries, encoded[inverse], document_mask=keep))

@@ -91,7 +91,9 @@ def train_phase(
     if trainer.state.global_step < config.train.steps:
         return
     final = directory / "final"
-    model.llm.save_pretrained(final / "llm")
+    # Adapters are merged: what a run leaves is an ordinary model, whatever it was trained with.
+    llm = model.llm.merge_and_unload() if hasattr(model.llm, "merge_and_unload") else model.llm
+    llm.save_pretrained(final / "llm")
     parts.llm_tokenizer.save_pretrained(final / "llm")
     if retrieval:
         assert model.average is not None

@@ -180,7 +180,9 @@ def _finish(parts: Parts, run_dir: Path, seconds: float) -> None:
         confidence=config.evaluate.confidence,
         resamples=config.evaluate.bootstrap,
     )
-    print(f"{duration(seconds)} in all; report: {path}", flush=True)
+    allowed = config.budget_minutes
+    over = f", over the recipe's {allowed:g} minutes" if allowed and seconds > 60 * allowed else ""
+    print(f"{duration(seconds)} in all{over}; report: {path}", flush=True)
 
 
 def _compare(parts: Parts, by_name: dict[str, SystemResult]) -> Comparison:

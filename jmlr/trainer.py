@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ class Schedule(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         return {"question": self.order[position]}
+
+
+def without(numbers: Tensor, excluded: Sequence[Collection[int]], wanted: int) -> Tensor:
+    """The first `wanted` of each row of int64 [B, K] that are not excluded from it; -1 where there are fewer."""
+    rows = [[n for n in row if n not in out][:wanted] for row, out in zip(numbers.tolist(), excluded, strict=True)]
+    return torch.tensor([row + [-1] * (min(wanted, numbers.shape[1]) - len(row)) for row in rows])
 
 
 def fsync_tree(directory: Path) -> None:
@@ -187,7 +193,12 @@ class JointTrainer(Trainer):
         model = self.joint_model
         assert self.index is not None and model.average is not None and model.texts.queries is not None
         queries = model.average.encode_queries(model.texts.queries.whole_rows(question.cpu()))
-        _, numbers = self.index.search(queries, self.config.joint.candidates)
+        wanted = self.config.joint.candidates
+        own = [model.texts.own_rationale.get(n, frozenset()) for n in question.tolist()]
+        spare = max(map(len, own), default=0)
+        _, numbers = self.index.search(queries, wanted + spare)
+        if spare:
+            numbers = without(numbers, own, wanted)
         return numbers.to(question.device)
 
     @property

@@ -31,14 +31,14 @@ def test_settings_and_overrides(tmp_path: Path) -> None:
     file = recipe(
         tmp_path, "name: small\ntrain: {steps: 20, llm_rate: 1e-3, betas: [0.8, 0.9]}\ndata: {kinds: [gene]}\n"
     )
-    config = load(file, ["train.steps=7", "llm.path=null", "joint.in_batch_documents=true", "data.corpora=[a, b]"])
+    config = load(file, ["train.steps=7", "llm.path=null", "joint.exclude_own_rationale=false", "data.corpora=[a, b]"])
     assert (config.name, config.train.steps, config.train.llm_rate, config.train.betas) == (
         "small",
         7,
         1e-3,
         (0.8, 0.9),
     )
-    assert config.joint.in_batch_documents is True and config.llm.path is None
+    assert config.joint.exclude_own_rationale is False and config.llm.path is None
     assert config.data.kinds == ("gene",) and config.data.corpora == ("a", "b")
     assert load(file, ["train.steps=7", "train.steps=8"]).train.steps == 8
 

@@ -68,6 +68,7 @@ def test_checkpoints_are_ordinary_directories(trained: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(final / "llm")
     tokenizer = AutoTokenizer.from_pretrained(final / "llm")
     assert model.config.vocab_size == len(tokenizer) and model.config.s2_group_size == 16
+    assert list((trained / "joint").rglob("events.out.tfevents.*")), "TensorBoard"
     assert list((trained / "joint").glob("checkpoint-*")) and not list((trained / "joint").glob("staging*"))
 
 

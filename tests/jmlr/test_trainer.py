@@ -7,18 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from jmlr.assemble import Parts, assemble
+from jmlr.assemble import Parts, assemble, own_rationales
 from jmlr.config import TrainConfig, load
 from jmlr.errors import UserError
 from jmlr.llm import answer_losses, score_answers
 from jmlr.model import JointModel
 from jmlr.phase import load_phase, phase_config, train_phase
-from jmlr.trainer import JointTrainer, last_checkpoint, rate_at
+from jmlr.trainer import JointTrainer, last_checkpoint, rate_at, without
 
 
 def small_parts(recipe: Path, *overrides: str) -> Parts:
@@ -139,6 +140,67 @@ def test_both_models_move_at_their_own_rates(small_recipe: Path, tmp_path: Path)
     # The moving average took a quarter of the step.
     name = "linear.weight"
     assert moved[f"average.{name}"] == pytest.approx(0.25 * moved[f"retriever.{name}"], rel=1e-3)
+
+
+def test_accumulated_batches_are_one_batch(small_recipe: Path, tmp_path: Path) -> None:
+    """Two batches of two move the language model as one batch of four does."""
+    weights = []
+    for size, accumulation in ((4, 1), (2, 2)):
+        parts = small_parts(
+            small_recipe,
+            f"train.batch_size={size}",
+            f"train.gradient_accumulation={accumulation}",
+            "joint.rank_warmup_steps=99",
+        )
+        model = small_model(parts)
+        trainer = JointTrainer(
+            model, parts.config, tmp_path / str(size), build_index=parts.build_index, stop_after=2, tensorboard=False
+        )
+        trainer.train()
+        weights.append(model.llm.model.layers[0].mlp.up_proj.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_question_never_sees_its_own_rationale(small_recipe: Path, tmp_path: Path) -> None:
+    parts = small_parts(small_recipe)
+    passages = parts.texts.passages
+    asked = replace(parts.texts.train[0], rationale=f"Because: {passages[3].text} So it is.")
+    assert own_rationales([parts.texts.train[0], asked], passages) == {1: frozenset({3})}
+    part = replace(asked, rationale=" ".join(passages[3].text.split()[1:10]))
+    assert own_rationales([part], passages) == {0: frozenset({3, 11, 19})}  # without the name, three say it
+    assert own_rationales([replace(asked, rationale="This condition is")], passages) == {}
+    numbers = torch.tensor([[3, 1, 2, 0], [5, 3, 4, 6]])
+    assert without(numbers, [{3}, {5, 6}], 3).tolist() == [[1, 2, 0], [3, 4, -1]]
+    model = small_model(parts)
+    model.texts.own_rationale = {0: frozenset(range(22))}  # all but two of the 24
+    trainer = JointTrainer(model, parts.config, tmp_path, build_index=parts.build_index, tensorboard=False)
+    trainer.refresh_index()
+    found = trainer.find_candidates(torch.tensor([0, 1]))
+    assert set(found[0].tolist()) == {22, 23, -1} and len(set(found[1].tolist())) == 6
+
+
+def test_lora_trains_adapters_embeddings_and_norms_and_leaves_an_ordinary_model(
+    small_recipe: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    parts = small_parts(small_recipe)
+    base = tmp_path / "base"
+    parts.llm().save_pretrained(base)
+    parts.llm_tokenizer.save_pretrained(base)
+    parts = small_parts(small_recipe, f"llm.path={base}", "llm.lora_rank=4", "train.steps=4", "joint.refresh_steps=2")
+    start = parts.llm()
+    trained = {name for name, p in start.named_parameters() if p.requires_grad}
+    assert all(any(key in name for key in ("lora_", "embed_tokens", "norm")) for name in trained)
+    assert sum("lora_A" in name for name in trained) == 7 and any("norm" in name for name in trained)
+    train_phase(parts, "joint", tmp_path / "run", max_steps=2)
+    train_phase(parts, "joint", tmp_path / "run", resume=True)
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "joint" / "final" / "llm")
+    before = AutoModelForCausalLM.from_pretrained(base)
+    assert final.state_dict().keys() == before.state_dict().keys()
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        assert not torch.equal(final.state_dict()[name], before.state_dict()[name]), name
+    assert load_phase(parts, "joint", tmp_path / "run").llm.config.s2_group_size == 16
 
 
 def test_schedules() -> None:
