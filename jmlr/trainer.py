@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class JointTrainer(Trainer):
             remove_unused_columns=False,
             label_names=[],
             disable_tqdm=True,
-            report_to=["tensorboard"] if tensorboard else [],
+            report_to=["tensorboard"] if tensorboard and find_spec("tensorboard") else [],
             dataloader_num_workers=0,
             dataloader_pin_memory=False,
             accelerator_config={"split_batches": False, "use_seedable_sampler": False},

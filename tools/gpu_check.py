@@ -175,6 +175,7 @@ def train_steps(context: Context, limit: float, steps: int = 20, device: str = "
         return Phase("training", "skipped", 0.0, missing)
     command = [sys.executable, "-m", "jmlr", "train", "--recipe", "quickstart", "--max-steps", str(steps)]
     command += ["--device", device, "--name", "gpu-check", "--runs", str(context.scratch)]
+    command += ["--set", "joint.rank_warmup_steps=5"]  # else so few steps would never rank
     code, output = context.run(command, limit)
     detail = f"{steps} joint steps" if code == 0 else _last_line(output)
     return _verdict("training", code, time.monotonic() - started, limit, detail)
