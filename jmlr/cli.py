@@ -219,7 +219,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--recipe", metavar="NAME|PATH", help=f"a recipe of the package, or a YAML file (default: {DEFAULT_RECIPE})"
     )
     parser.add_argument("--name", metavar="RUN", help="the run's name (default: the recipe's)")
-    parser.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", metavar="D", help="auto, cpu or cuda (CUDA_VISIBLE_DEVICES chooses among several)")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="replace a setting; may be repeated")
     _add_runs_directory(parser)
 

@@ -142,7 +142,7 @@ class RunConfig:
 
     name: str = "run"
     seed: int = number(0, low=0)
-    device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
+    device: str = "auto"  # "auto", "cpu" or "cuda"
     threads: int = number(0, low=0)  # of torch on a CPU; 0: as torch chooses
     budget_minutes: float | None = number(None, above=0)  # shown beside the time taken
     data: DataConfig = field(default_factory=DataConfig)
@@ -154,11 +154,9 @@ class RunConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong between settings that are each right by themselves."""
-        device = self.device.partition(":")
-        if device[0] not in ("auto", "cpu", "cuda") or (
-            device[1] and not (device[0] == "cuda" and device[2].isdigit())
-        ):
-            yield Problem("device", f"'{self.device}' is not a device", "write auto, cpu, cuda or cuda:N")
+        if self.device not in ("auto", "cpu", "cuda"):
+            remedy = "write auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs"
+            yield Problem("device", f"'{self.device}' is not a device", remedy)
         if not self.name or any(character in self.name for character in "/\\") or self.name.startswith("."):
             yield Problem("name", f"'{self.name}' cannot name a directory", "use letters, digits, - and _")
         for name in ("corpora", "train", "test"):

@@ -142,6 +142,8 @@ class JointTrainer(Trainer):
             dataloader_pin_memory=False,
             accelerator_config={"split_batches": False, "use_seedable_sampler": False},
         )
+        if arguments.n_gpu > 1:  # one process drives one GPU: several would wrap the step in DataParallel
+            arguments._n_gpu = 1
         length = train.steps * train.batch_size * train.gradient_accumulation
         super().__init__(
             model=model,
