@@ -60,7 +60,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False, max_steps: int
     try:
         for phase in phases:
             if phase not in beside:
-                _train_and_evaluate(parts, phase, run_dir, resume=resume, max_steps=max_steps)
+                _train_and_evaluate(parts, phase, run_dir, resume=resume, max_steps=max_steps, helper=helper)
         if helper is not None:
             _wait(helper, run_dir)
     finally:
@@ -73,7 +73,15 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False, max_steps: int
     _finish(parts, run_dir, time.monotonic() - started)
 
 
-def _train_and_evaluate(parts: Parts, phase: str, run_dir: Path, *, resume: bool, max_steps: int | None = None) -> None:
+def _train_and_evaluate(
+    parts: Parts,
+    phase: str,
+    run_dir: Path,
+    *,
+    resume: bool,
+    max_steps: int | None = None,
+    helper: subprocess.Popen[bytes] | None = None,
+) -> None:
     steps = phase_config(parts.config, phase).train.steps
     checkpoint = last_checkpoint(run_dir / phase) if resume else None
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
@@ -81,6 +89,8 @@ def _train_and_evaluate(parts: Parts, phase: str, run_dir: Path, *, resume: bool
         with ProgressLine(steps, phase, initial=done) as line:
 
             def report(row: dict[str, Any]) -> None:
+                if helper is not None and helper.poll():  # the baselines failed: say so now, not minutes later
+                    _wait(helper, run_dir)
                 line.update(
                     int(row["step"]),
                     llm_loss=row.get("loss_lm"),
@@ -99,27 +109,33 @@ def _train_and_evaluate(parts: Parts, phase: str, run_dir: Path, *, resume: bool
 
 def _side_by_side(config: RunConfig) -> bool:
     """Small models gain little from a second core: on a CPU the baselines take it instead."""
-    return config.train.parallel_baselines and not torch.cuda.is_available() and (os.cpu_count() or 1) > 1
+    return config.train.parallel_baselines and not torch.cuda.is_available() and _cores() > 1
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _set_threads(config: RunConfig, *, shared: bool) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.threads or max(1, cores // 2 if shared else cores))
+    torch.set_num_threads(config.threads or max(1, _cores() // 2 if shared else _cores()))
 
 
 def _start_beside(run_dir: Path, phases: Sequence[str]) -> subprocess.Popen[bytes]:
     log = (run_dir / "baselines.log").open("ab")
     with log:
         return subprocess.Popen(
-            [sys.executable, "-m", "jmlr.run", str(run_dir), *phases], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            [sys.executable, "-m", "jmlr.run", str(os.getpid()), str(run_dir), *phases],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
         )
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """Linux: a baseline process must not outlive a killed run, else --resume would find two writers."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if os.getppid() == 1:
+        if os.getppid() != parent:  # it died before it could be asked
             os._exit(1)
 
 
@@ -135,8 +151,8 @@ def _wait(helper: subprocess.Popen[bytes], run_dir: Path) -> None:
         )
 
 
-def _beside(run_dir: Path, phases: Sequence[str]) -> None:
-    _die_with_parent()
+def _beside(parent: int, run_dir: Path, phases: Sequence[str]) -> None:
+    _die_with_parent(parent)
     config = run_config(run_dir)
     parts = assemble(config)
     _set_threads(config, shared=True)
@@ -338,7 +354,7 @@ def _generate(llm: Any, prompts: PromptBuilder, question: Question, context: lis
 
 if __name__ == "__main__":
     try:
-        _beside(Path(sys.argv[1]), sys.argv[2:])
+        _beside(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

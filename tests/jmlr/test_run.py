@@ -162,6 +162,20 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], *parts: str) -> 
         assert part in done.stderr, done.stderr
 
 
+def test_failing_baselines_stop_the_run(trained: Path, tmp_path: Path) -> None:
+    """They train beside the joint model; a checkpoint of theirs that cannot be read ends both, and --resume goes on."""
+    recipe = trained.parents[1] / "small.yaml"
+    words = ["train", "--recipe", recipe, "--runs", tmp_path, "--set", "train.parallel_baselines=true"]
+    words += ["--set", "train.steps=400"]
+    assert jmlr(*words, "--max-steps", "2").returncode == 0
+    weights = tmp_path / "small" / "rag" / "checkpoint-2" / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-10])
+    done = jmlr(*words, "--resume")
+    assert_one_sentence(done, "the baselines failed", "model.safetensors", "--resume")
+    assert not (tmp_path / "small" / "joint" / "finished.json").exists()
+
+
 # ---------------------------------------------------------------- the real recipes
 
 
