@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,28 +269,36 @@ def test_a_bad_checkpoint_is_one_sentence(small_recipe: Path, tmp_path: Path, da
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_losses(small_recipe: Path, tmp_path: Path) -> None:
-    """SIGKILL at five moments of one run, `jmlr train --resume` after each, against one undisturbed run."""
+    """SIGKILL eight times, `jmlr train --resume` after each, against one undisturbed run.
+
+    The first kill comes before any checkpoint; each of the others a moment, different each time, after the run got
+    to a new checkpoint: while it trains, writes the next one or removes an old one.
+    """
 
     def command(name: str, *more: str) -> list[str]:
-        words = ["train", "--recipe", str(small_recipe), "--runs", str(tmp_path), "--set", "train.steps=40"]
+        words = ["train", "--recipe", str(small_recipe), "--runs", str(tmp_path), "--set", "train.steps=60"]
         words += ["--set", "train.parallel_baselines=true", "--name"]
         return [sys.executable, "-m", "jmlr", *words, name, *more]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command("whole"), check=True, env=environment, timeout=600)
-    kills = 0
-    for attempt in range(40):
+    joint = tmp_path / "killed" / "joint"
+    reached = []
+    for kill in range(8):
+        before = last_checkpoint(joint)
         process = subprocess.Popen(command("killed", "--resume"), env=environment)
-        try:
-            process.wait(timeout=8 + 3 * attempt if kills < 5 else 600)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            continue
-        assert process.returncode == 0
-        break
-    assert kills >= 3, "the run ended before it could be killed often enough"
-    assert losses_of(tmp_path / "killed" / "joint") == losses_of(tmp_path / "whole" / "joint")
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if joint.is_dir() and (kill == 0 or last_checkpoint(joint) != before):
+                break
+            time.sleep(0.002)
+        time.sleep(0.011 * kill)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reached.append(last_checkpoint(joint))
+    assert reached[0] is None and len({path for path in reached if path}) == 7
+    subprocess.run(command("killed", "--resume"), check=True, env=environment, timeout=600)
+    assert losses_of(joint) == losses_of(tmp_path / "whole" / "joint")
     whole, killed = (json.loads((tmp_path / run / "report.json").read_text()) for run in ("whole", "killed"))
     assert killed["results"] == whole["results"]
