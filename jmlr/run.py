@@ -173,6 +173,11 @@ def _finish(parts: Parts, run_dir: Path, seconds: float) -> None:
     }
     history = []
     for phase, record in records.items():
+        if record["prompts_shortened"]:
+            print(
+                f"{phase}: {record['prompts_shortened']:,} of {record['prompts']:,} prompts were too long for the model"
+                " and lost whole passages, the worst first"
+            )
         version = 0.0
         for row in record["history"]:
             refreshed = row.get("index_version", version)

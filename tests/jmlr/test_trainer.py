@@ -89,6 +89,22 @@ def test_answer_losses_ignore_padding_and_batch(small_recipe: Path) -> None:
     torch.testing.assert_close(score_answers(llm, prompts, parts.prompts.end[0], 5), alone.detach())
 
 
+def test_attention_is_shifted_and_sparse_while_training_and_dense_when_scoring(small_recipe: Path) -> None:
+    parts = small_parts(small_recipe)
+    llm, pad = parts.llm(), parts.prompts.end[0]
+    dense = parts.llm()
+    dense.set_attn_implementation("sdpa")
+    asked = parts.texts.train[0]
+    prompts = [parts.prompts.build(asked, [1, 5], asked.gold)]
+    assert len(prompts[0].ids) > 16  # more than one group
+    expected = answer_losses(dense.train(), prompts, pad)
+    assert not torch.allclose(answer_losses(llm.train(), prompts, pad), expected, rtol=1e-6)
+    torch.testing.assert_close(answer_losses(llm.eval(), prompts, pad), expected)
+    llm.train()
+    torch.testing.assert_close(score_answers(llm, prompts, pad, 1), expected.detach())
+    assert llm.training
+
+
 def test_the_best_document_stands_last_and_whole_documents_are_dropped(small_recipe: Path) -> None:
     parts = small_parts(small_recipe)
     asked = parts.texts.train[0]
