@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -129,10 +128,3 @@ class JointModel(nn.Module):
         losses = score_answers(self.llm, prompts, self.texts.pad, batch_size=len(prompts)).view(sample.shape)
         sample, drawn, losses = (t.to(scores.device) for t in (sample.clamp(min=0), drawn, losses))
         return rank_loss(scaled.gather(1, sample), losses, margin=self.joint.margin, mask=drawn)
-
-    def save(self, directory: Path) -> None:
-        """Ordinary transformers directories: llm/, retriever/ and retriever-average/."""
-        self.llm.save_pretrained(directory / "llm")
-        if self.retriever is not None and self.average is not None:
-            self.retriever.save_pretrained(directory / "retriever")
-            self.average.save_pretrained(directory / "retriever-average")

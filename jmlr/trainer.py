@@ -302,7 +302,7 @@ class JointTrainer(Trainer):
             fsync_tree(whole)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(whole, final)
-            fsync_tree_entry(final.parent)
+            fsync_directory(final.parent)
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
@@ -348,7 +348,7 @@ class JointTrainer(Trainer):
             self.index = ExactIndex.load(directory / "index")
 
 
-def fsync_tree_entry(directory: Path) -> None:
+def fsync_directory(directory: Path) -> None:
     """Flushes a folder's own entries, so that a rename outlives a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
