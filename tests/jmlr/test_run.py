@@ -192,7 +192,7 @@ def test_joint_beats_separate_rag_on_real_text(tmp_path: Path, seed: int) -> Non
     assert compared["recall_at_1"]["low"] > 0.15 and compared["accuracy"]["low"] > 0.0
     results = {row["name"]: row for row in report["systems"]}
     assert results["joint"]["recall_at_1"]["low"] > results["rag"]["recall_at_1"]["high"]
-    assert results["joint"]["accuracy"]["mean"] > results["rag"]["accuracy"]["high"]
+    assert results["joint"]["accuracy"]["low"] > results["rag"]["accuracy"]["high"]
     recall = [row["recall@1"] for row in report["history"] if row["phase"] == "joint" and "recall@1" in row]
     assert recall[-1] > recall[0] + 0.2 and recall[-1] >= max(recall) - 0.15
 
