@@ -108,7 +108,7 @@ def _train_and_evaluate(
 
 
 def _side_by_side(config: RunConfig) -> bool:
-    """Small models gain little from a second core: on a CPU the baselines take it instead."""
+    """On a CPU with cores to share, the baselines train on half of them while the joint model has the other half."""
     return config.train.parallel_baselines and not torch.cuda.is_available() and _cores() > 1
 
 
