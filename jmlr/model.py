@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ class JointModel(nn.Module):
         encoded = self.retriever(documents.ids, documents.attend)
         inverse = inverse.to(device)
         keep = documents.keep[inverse]
-        return cast(Tensor, maxsim_candidates(encoded_queries, encoded[inverse], document_mask=keep))
+        return maxsim_candidates(encoded_queries, encoded[inverse], document_mask=keep)
 
     @staticmethod
     def best(scores: Tensor, candidates: Tensor, count: int) -> list[list[int]]:

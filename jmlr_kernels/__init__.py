@@ -4,6 +4,7 @@
 """
 
 from jmlr_kernels.maxsim.function import maxsim, maxsim_candidates, maxsim_tokens
+from jmlr_kernels.maxsim.losses import maxsim_contrastive_loss, maxsim_distillation_loss
 from jmlr_kernels.ops import backend_info
 from jmlr_kernels.shifted_attention.flops import attention_pairs
 from jmlr_kernels.shifted_attention.function import shifted_sparse_attention
@@ -15,6 +16,8 @@ __all__ = [
     "backend_info",
     "maxsim",
     "maxsim_candidates",
+    "maxsim_contrastive_loss",
+    "maxsim_distillation_loss",
     "maxsim_tokens",
     "shifted_sparse_attention",
 ]

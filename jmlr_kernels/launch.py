@@ -20,7 +20,9 @@ _plain: dict[Any, frozenset[int]] = {}
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options) -> None:
+def launch(
+    kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options
+) -> None:
     """Start `programs` programs of a ``@triton.jit`` kernel on the current stream of the arguments' device.
 
     `arguments` are the kernel's parameters up to its compile-time ones, in order: tensors, integers or None (an absent
@@ -38,9 +40,7 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tu
             _start_remembered(kernel, programs, arguments, constants, options, device.index)
 
 
-def _start(
-    kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options
-) -> Any:
+def _start(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], options: Options) -> Any:
     warps, stages, registers = options
     return kernel[(programs,)](
         *arguments, *constants, num_warps=warps, num_stages=stages, maxnreg=registers, enable_fp_fusion=True

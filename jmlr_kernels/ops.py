@@ -69,6 +69,13 @@ _TABLE = (
         flops=f"{_MAXSIM}.flops:backward_flops",
         backends={"triton": f"{_MAXSIM}.triton_backward:backward", "torch": f"{_MAXSIM}.torch_chunked:backward"},
     ),
+    _Operation(
+        "maxsim_loss_rows",
+        "(Tensor scores, Tensor? target, Tensor temperatures, str rule, str backend) -> Tensor",
+        fake=f"{_MAXSIM}.losses:fake_loss_rows",
+        flops=f"{_MAXSIM}.flops:no_flops",
+        backends={"triton": f"{_MAXSIM}.triton_losses:loss_rows", "torch": f"{_MAXSIM}.torch_losses:loss_rows"},
+    ),
 )
 
 

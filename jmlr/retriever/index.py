@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import faiss
 import numpy as np
@@ -98,7 +98,7 @@ class ExactIndex:
         queries = queries.float()
         if tokens_each is None and len(self.passage_ids) <= self.exhaustive_passages:
             vectors, offsets = self._on(queries.device)
-            scores = cast(Tensor, maxsim(queries, vectors, cu_seqlens=offsets))
+            scores = maxsim(queries, vectors, cu_seqlens=offsets)
             return _best(scores.cpu(), k)
         return self._search_candidates(queries.cpu(), k, tokens_each or max(32, 2 * k))
 
@@ -118,7 +118,7 @@ class ExactIndex:
             candidates = self._owner[found[found >= 0]].unique()
             documents, mask = self.padded(candidates)
             exact = maxsim_candidates(queries[row : row + 1], documents[None], document_mask=mask[None])
-            best, where = _best(cast(Tensor, exact), min(k, len(candidates)))
+            best, where = _best(exact, min(k, len(candidates)))
             scores[row, : best.shape[1]] = best[0]
             numbers[row, : best.shape[1]] = candidates[where[0]]
         return scores, numbers

@@ -67,7 +67,9 @@ VARIANTS: dict[str, Variant] = {
     "candidates_margins": Variant(_MASKS | {"winners"}, candidates=True, rule="margins"),
 }
 _RULE_POINTERS = ("scores", "row_statistics", "temperatures", "target", "target_row")
-_RULE_USES = dict(zip(RULES, ((), (), _RULE_POINTERS[:4], _RULE_POINTERS, ("scores", "row_statistics", "target")), strict=True))
+_RULE_USES = dict(
+    zip(RULES, ((), (), _RULE_POINTERS[:4], _RULE_POINTERS, ("scores", "row_statistics", "target")), strict=True)
+)
 _BYTES = ("query_mask", "document_mask", "document_kept")  # kernels that take a mask as it is
 _FLOATS = (
     "query_weights", "scores", "grad", "row_statistics", "temperatures", "target", "target_row", "query_scales",
@@ -93,7 +95,9 @@ def configurations(capability: int) -> list[dict[str, Any]]:
                 if "winners" in variant.present and variant.normalize != "load":
                     found += _backward(capability, full, dtype, name, dimension, variant, thorough)
     for label in ("padded", "packed"):
-        present = frozenset({"document_mask", "kept", "kept_lengths"}) | ({"cu_seqlens"} if label == "packed" else set())
+        present = frozenset({"document_mask", "kept", "kept_lengths"}) | (
+            {"cu_seqlens"} if label == "packed" else set()
+        )
         tiles = config.QueryGradientTiles(1, 1, 16, warps=4)
         constants = {"SCAN": 512}
         plain = Variant(present)
@@ -210,9 +214,7 @@ def _backward(
             )
 
 
-def _helpers(
-    capability: int, label: str, dtype: torch.dtype, name: str, dimension: int
-) -> Iterator[dict[str, Any]]:
+def _helpers(capability: int, label: str, dtype: torch.dtype, name: str, dimension: int) -> Iterator[dict[str, Any]]:
     block = min(128, config.next_power_of_two(dimension, 16))
     constants: dict[str, Any] = {"DIMENSION": dimension, "BLOCK_ROWS": 16, "BLOCK_DIMENSION": block}
     plain = Variant(frozenset())
@@ -238,7 +240,9 @@ def _helpers(
 
 
 def _tile_name(tiles: Any) -> str:
-    values = [getattr(tiles, field) for field in ("rows", "lanes", "tokens", "warps", "stages") if hasattr(tiles, field)]
+    values = [
+        getattr(tiles, field) for field in ("rows", "lanes", "tokens", "warps", "stages") if hasattr(tiles, field)
+    ]
     return "x".join(map(str, values))
 
 

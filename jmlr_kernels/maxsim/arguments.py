@@ -106,9 +106,7 @@ def _check_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
         raise ValueError(f"{name} must be {list(shape)}, but its shape is {list(mask.shape)}")
 
 
-def _check_offsets(
-    cu_seqlens: Tensor, documents: Tensor, query_count: int | None, max_seqlen: int | None
-) -> int:
+def _check_offsets(cu_seqlens: Tensor, documents: Tensor, query_count: int | None, max_seqlen: int | None) -> int:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(
             f"cu_seqlens must be int32 and one-dimensional, one more than documents, but is {cu_seqlens.dtype}"

@@ -3,8 +3,8 @@ query tokens share a document.
 
 Nothing here depends on the lengths or the numbers of queries and documents beyond that class, so that a new batch shape
 never compiles a new kernel and nothing is ever tuned at run time. Each `*_candidates` function lists, best guess first,
-what is worth timing; `make tune` times them on a GPU and writes the winners into tuned.json beside this file, which then
-goes before the guess. Every candidate is compiled ahead of time in CI (see aot.py).
+what is worth timing; `make tune` times them on a GPU and writes the winners into tuned.json beside this file, which
+then goes before the guess. Every candidate is compiled ahead of time in CI (see aot.py).
 
 The guesses come from what compiles without spills and from counting instructions (docs/log.md); none is timed yet.
 """
@@ -83,9 +83,7 @@ def dimension_tile(dimension: int, whole: int) -> int:
     return min(chunks, key=lambda chunk: (-(-dimension // chunk) * chunk, -chunk))
 
 
-def forward_candidates(
-    capability: int, element_size: int, dimension: int, sharing_rows: int
-) -> list[ForwardTiles]:
+def forward_candidates(capability: int, element_size: int, dimension: int, sharing_rows: int) -> list[ForwardTiles]:
     """Forward tiles worth timing for a compute capability (80, 90, 100), bytes per element and embedding dimension.
 
     `sharing_rows` is how many query tokens meet the same documents: all of a batch, or one query's for candidates. A
@@ -134,7 +132,9 @@ def document_gradient_candidates(capability: int, element_size: int, dimension: 
         return [DocumentGradientTiles(32, 32, 1024, dimension_tile(dimension, 32), warps=8, stages=1)]
     tile = dimension_tile(dimension, 128)
     warps = 8 if capability < 90 else 4
-    return [DocumentGradientTiles(64, rows, 1024, tile, warps=warps, stages=stages) for rows, stages in ((64, 2), (32, 2))]
+    return [
+        DocumentGradientTiles(64, rows, 1024, tile, warps=warps, stages=stages) for rows, stages in ((64, 2), (32, 2))
+    ]
 
 
 # --------------------------------------------------------------------------- what runs

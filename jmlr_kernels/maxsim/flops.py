@@ -29,3 +29,8 @@ def forward_flops(
 def backward_flops(rule_tensors: list[Tensor], queries: Tensor, documents: Tensor, winners: Tensor, *_: Any) -> int:
     """2 * D per (query token, document) for each of the two gradients: a winner sends one row each way."""
     return 2 * 2 * queries.shape[-1] * winners.numel()
+
+
+def no_flops(*_: Any) -> int:
+    """A few operations for each score: not worth counting beside their products."""
+    return 0

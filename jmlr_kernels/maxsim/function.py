@@ -185,7 +185,7 @@ def maxsim_tokens(
     candidates: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """What each query token contributes to the score: its maximum over a document's kept tokens, before weights and sum.
+    """What each query token adds to the score: its maximum over a document's kept tokens, before weights and sum.
 
     The building block for scores that are not a plain sum (a floor, a threshold, a learned pooling). Arguments as for
     :func:`maxsim`; with `candidates`, as for :func:`maxsim_candidates`.
@@ -254,31 +254,35 @@ def run_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores or maxima, winners, inverse norms of both sides, without autograd."""
     return torch.ops.jmlr_kernels.maxsim_forward(
-        *tensors, switches.candidates, switches.normalize, per_token, need_winners, switches.max_length, switches.backend
+        *tensors,
+        switches.candidates,
+        switches.normalize,
+        per_token,
+        need_winners,
+        switches.max_length,
+        switches.backend,
     )
 
 
-def save(
-    ctx: Any, tensors: Tensors, switches: Switches, winners: Tensor, scales: tuple[Tensor, ...], *others: Tensor | None
-) -> None:
-    """Keep what :func:`gradients` needs, then `others`. Masks are kept only where the winners do not say who has none."""
+Saved = tuple[Tensor | None, ...]
+
+
+def to_save(tensors: Tensors, switches: Switches, winners: Tensor, scales: tuple[Tensor, ...]) -> Saved:
+    """The nine tensors that :func:`gradients` needs. Masks are kept only where the winners do not say who has none."""
     queries, documents, query_mask, document_mask, query_weights, cu_seqlens = tensors
     if winner_code(documents, cu_seqlens, switches.max_length).marked:
         query_mask = document_mask = None
     kept_scales = scales if switches.normalize else (None, None)
-    ctx.save_for_backward(
-        queries, documents, winners, query_mask, document_mask, query_weights, cu_seqlens, *kept_scales, *others
-    )
-    ctx.switches = switches
+    return queries, documents, winners, query_mask, document_mask, query_weights, cu_seqlens, *kept_scales
 
 
-# How many tensors `save` keeps before the others.
 SAVED = 9
 
 
-def gradients(ctx: Any, rule: str, rule_tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """d(queries), d(documents) and d(weights) (None without weights) from what :func:`save` kept."""
-    saved, switches = ctx.saved_tensors[:SAVED], ctx.switches
+def gradients(
+    saved: Saved, switches: Switches, rule: str, rule_tensors: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """d(queries), d(documents) and d(weights) (None without weights) from what :func:`to_save` gave."""
     grad_queries, grad_documents, grad_weights = torch.ops.jmlr_kernels.maxsim_backward(
         rule_tensors, *saved, rule, switches.candidates, switches.max_length, switches.backend
     )
@@ -340,15 +344,15 @@ class _MaxSim(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tensors = (queries, documents, query_mask, document_mask, query_weights, cu_seqlens)
         scores, winners, *scales = run_forward(tensors, switches, per_token, True)
-        save(ctx, tensors, switches, winners, tuple(scales))
+        ctx.save_for_backward(*to_save(tensors, switches, winners, tuple(scales)))
         ctx.mark_non_differentiable(winners)
-        ctx.rule = "tokens" if per_token else "scores"
+        ctx.switches, ctx.rule = switches, "tokens" if per_token else "scores"
         return scores, winners
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_scores: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_queries, grad_documents, grad_weights = gradients(ctx, ctx.rule, [grad_scores])
+        grad_queries, grad_documents, grad_weights = gradients(ctx.saved_tensors, ctx.switches, ctx.rule, [grad_scores])
         return grad_queries, grad_documents, None, None, grad_weights, None, None, None
 
 

@@ -6,12 +6,15 @@ A fused loss never stores the gradient of its scores. The backward operation tak
 |---|---|---|
 | ``scores`` | grad [Nq, N] | grad_ij |
 | ``tokens`` | grad [Nq, N, Lq] | grad_ijr, of the maximum of query token r |
-| ``labels`` | up [Nq], scores [Nq, N], lse [Nq], temperatures [2], labels int64 [Nq] | up_i / t * (p_ij - [j = label_i]) |
-| ``teacher`` | up, scores, lse, temperatures, teacher [Nq, N], teacher_lse [Nq] | up_i / t * (p_ij - target_ij) |
-| ``margins`` | up, scores, margins [Nq, 2], teacher [Nq, N] | up_i * (j = 0: N * first_i - total_i, else r_ij - first_i) |
+| ``labels`` | up [Nq], scores [Nq, N], row [Nq, 2], temperatures [2], labels int64 [Nq] | up_i / t * (p_ij - y_ij) |
+| | the same without labels: none of these documents is right | up_i / t * p_ij |
+| ``teacher`` | up, scores, row, temperatures, teacher [Nq, N], teacher_row [Nq, 2] | up_i / t * (p_ij - q_ij) |
+| ``margins`` | up, scores, row, teacher [Nq, N] | up_i * (j = 0: N * first_i - total_i, else r_ij - first_i) |
 
-with ``p_ij = exp(s_ij / t - lse_i)``, ``target_ij = exp(teacher_ij / t' - teacher_lse_i)``, ``r = s - teacher``, and
-``margins`` the pair of ``first_i = r_i0`` and ``total_i = sum_j r_ij``. All are float32, temperatures (t, t').
+``y_ij`` is 1 for ``j = label_i``, else 0. For ``margins``, ``r = s - teacher`` and a row is the pair of
+``first_i = r_i0`` and ``total_i = sum_j r_ij``. Elsewhere it is the pair of ``top_i = max_j s_ij`` and
+``mass_i = log sum_j exp((s_ij - top_i) / t)``, so that ``p_ij = exp((s_ij - top_i) / t - mass_i)`` has no difference of
+two large numbers; q in the same way from the teacher's scores. All are float32, temperatures (t, t').
 """
 
 from __future__ import annotations
@@ -52,20 +55,24 @@ def pair_gradient(rule: str, inputs: RuleInputs, chosen: tuple[slice, slice]) ->
         return inputs.grad[chosen]
     queries, documents = chosen
     up = inputs.grad[queries, None]
-    assert inputs.scores is not None and inputs.row is not None and inputs.target is not None
+    assert inputs.scores is not None and inputs.row is not None
     scores, row = inputs.scores[chosen], inputs.row[queries]
     positions = torch.arange(inputs.scores.shape[1], device=scores.device)[documents]
     if rule == "margins":
+        assert inputs.target is not None
         residual = scores - inputs.target[chosen]
         first, total = row[:, :1], row[:, 1:]
         return up * torch.where(positions == 0, inputs.scores.shape[1] * first - total, residual - first)
     assert inputs.temperatures is not None
-    probability = torch.exp(scores / inputs.temperatures[0] - row[:, None])
+    probability = torch.exp((scores - row[:, :1]) / inputs.temperatures[0] - row[:, 1:])
+    if inputs.target is None:
+        return up / inputs.temperatures[0] * probability
     if rule == "labels":
         target = (positions == inputs.target[queries, None]).to(scores.dtype)
     else:
         assert inputs.target_row is not None
-        target = torch.exp(inputs.target[chosen] / inputs.temperatures[1] - inputs.target_row[queries, None])
+        target_row = inputs.target_row[queries]
+        target = torch.exp((inputs.target[chosen] - target_row[:, :1]) / inputs.temperatures[1] - target_row[:, 1:])
     return up / inputs.temperatures[0] * (probability - target)
 
 
@@ -83,19 +90,23 @@ def score_gradient(
     else:
         up = tl.load(grad + query, mask=mask, other=0.0)
         score = tl.load(scores + pair, mask=mask, other=0.0)
+        top = tl.load(row + 2 * query, mask=mask, other=0.0)
+        mass = tl.load(row + 2 * query + 1, mask=mask, other=0.0)
         if RULE == "margins":
-            first = tl.load(row + 2 * query, mask=mask, other=0.0)
-            total = tl.load(row + 2 * query + 1, mask=mask, other=0.0)
             residual = score - tl.load(target + pair, mask=mask, other=0.0)
-            result = up * tl.where(document == 0, document_count * first - total, residual - first)
+            result = up * tl.where(document == 0, document_count * top - mass, residual - top)
         else:
             inverse = 1.0 / tl.load(temperatures)
-            probability = tl.exp(score * inverse - tl.load(row + query, mask=mask, other=0.0))
-            if RULE == "labels":
+            probability = tl.exp((score - top) * inverse - mass)
+            if target is None:
+                aim = 0.0
+            elif RULE == "labels":
                 aim = (tl.load(target + query, mask=mask, other=-1) == document).to(tl.float32)
             else:
-                logit = tl.load(target + pair, mask=mask, other=0.0) / tl.load(temperatures + 1)
-                aim = tl.exp(logit - tl.load(target_row + query, mask=mask, other=0.0))
+                aim_top = tl.load(target_row + 2 * query, mask=mask, other=0.0)
+                aim_mass = tl.load(target_row + 2 * query + 1, mask=mask, other=0.0)
+                wish = tl.load(target + pair, mask=mask, other=0.0)
+                aim = tl.exp((wish - aim_top) / tl.load(temperatures + 1) - aim_mass)
             result = up * inverse * (probability - aim)
         result = tl.where(mask, result, 0.0)
     return result

@@ -59,9 +59,9 @@ def forward(
     need_winners: bool,
     max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores [Nq, N] (float32; float64 for float64 inputs) or maxima [Nq, N, Lq], winners, and both sides' inverse norms.
+    """Scores [Nq, N] or maxima [Nq, N, Lq], winners, and inverse norms of queries and documents.
 
-    Arguments are checked by function.py. What was not asked for is empty.
+    float32, or float64 for float64 inputs. Arguments are checked by function.py. What was not asked for is empty.
     """
     sizes = layout_of(queries, documents, cu_seqlens, candidates)
     code = winner_code(documents, cu_seqlens, max_length)

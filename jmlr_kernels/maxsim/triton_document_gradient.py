@@ -1,9 +1,9 @@
 """d(documents) of MaxSim in Triton: each document token adds the query tokens that it won for, in their order.
 
 A program owns a tile of document tokens. It looks through the winners of its document in scans of a thousand, writes
-down those that are its own, in order, and multiplies a one-hot matrix (token by row) with their query rows on the tensor
-cores: every winner is multiplied once, in the tile that it belongs to. No atomics, no sort, and no float32 copy of the
-gradient: each tile is written once, in the input's dtype. Derivation: docs/maxsim-backward.md.
+down those that are its own, in order, and multiplies a one-hot matrix (token by row) with their query rows on the
+tensor cores: every winner is multiplied once, in the tile that it belongs to. No atomics, no sort, and no float32 copy
+of the gradient: each tile is written once, in the input's dtype. Derivation: docs/maxsim-backward.md.
 """
 
 from __future__ import annotations

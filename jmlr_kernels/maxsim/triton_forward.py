@@ -326,7 +326,7 @@ def forward(
     ]
     shape = sizes.winners_shape if per_token else sizes.winners_shape[:2]
     if queries.numel() == 0 or sizes.documents_per_query == 0:
-        return torch.zeros(shape, dtype=torch.float32, device=device), winners, *(scale.zero_() for scale in scales)
+        return torch.zeros(shape, dtype=torch.float32, device=device), winners, scales[0].zero_(), scales[1].zero_()
     queries, documents = unit_stride(queries), as_list(documents)
     capability = config.capability_of(device)
     sharing_rows = sizes.query_length * (1 if candidates else sizes.query_count)
@@ -334,9 +334,7 @@ def forward(
     row_chunks = -(-sizes.query_length // tiles.rows)
     per_tile = 1 if candidates else max(1, tiles.rows // sizes.query_length)
     row_tiles = -(-sizes.query_count // per_tile) * row_chunks
-    run = config.documents_per_program(
-        sizes.documents_per_query, row_tiles, tiles.warps, config.processors_of(device)
-    )
+    run = config.documents_per_program(sizes.documents_per_query, row_tiles, tiles.warps, config.processors_of(device))
     # Visited once, documents are normalised on the way; visited by several row tiles, in a pass before.
     visits = row_chunks if candidates else row_tiles
     if normalize and visits > 1:
@@ -412,7 +410,14 @@ def _document_norms(documents: Tensor, scales: Tensor) -> None:
     launch(
         maxsim_norms_kernel,
         -(-scales.numel() // 16),
-        (documents, scales, scales.numel(), length, 0 if documents.dim() == 2 else documents.stride(0), documents.stride(-2)),
+        (
+            documents,
+            scales,
+            scales.numel(),
+            length,
+            0 if documents.dim() == 2 else documents.stride(0),
+            documents.stride(-2),
+        ),
         (dimension, 16, block),
         (4, 1, config.REGISTERS),
     )

@@ -91,8 +91,8 @@ def maxsim_query_gradient_kernel(
 ):
     """d(queries) [Nq, Lq, D] and d(weights) [Nq, Lq]; with `partial`, sums [splits, Nq * Lq, D] instead.
 
-    Program p owns query tokens (p // splits) * BLOCK_ROWS and on, and the p % splits-th part of the documents. NO_WINNER
-    is the code of "nobody won", or -2 where masks alone say so (`query_mask`, `document_kept`).
+    Program p owns query tokens (p // splits) * BLOCK_ROWS and on, and the p % splits-th part of the documents.
+    NO_WINNER is the code of "nobody won", or -2 where masks alone say so (`query_mask`, `document_kept`).
     """
     program = tl.program_id(0)
     split = program % splits
@@ -196,7 +196,7 @@ def maxsim_query_gradient_sum_kernel(
     for offset in range(0, DIMENSION, BLOCK_DIMENSION):
         total = tl.zeros([BLOCK_ROWS, BLOCK_DIMENSION], tl.float32)
         for split in range(0, splits):
-            part = partial + (split.to(tl.int64) * query_count * query_length + rows) * DIMENSION
+            part = partial + (tl.cast(split, tl.int64) * query_count * query_length + rows) * DIMENSION
             total += _load_rows(part, row_valid, offset, DIMENSION, BLOCK_DIMENSION)
         dot = _finish(
             total, dot, query_rows, rows, row_valid, weight, scale, offset, grad_queries,
