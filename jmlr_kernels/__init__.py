@@ -3,6 +3,7 @@
 ``maxsim`` names the function here; the folder of the same name is reached by ``from jmlr_kernels.maxsim.x import y``.
 """
 
+from jmlr_kernels.maxsim.compatibility import maxsim_like
 from jmlr_kernels.maxsim.function import maxsim, maxsim_candidates
 from jmlr_kernels.ops import backend_info
 from jmlr_kernels.shifted_attention.flops import attention_pairs
@@ -15,5 +16,6 @@ __all__ = [
     "backend_info",
     "maxsim",
     "maxsim_candidates",
+    "maxsim_like",
     "shifted_sparse_attention",
 ]
