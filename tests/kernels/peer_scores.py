@@ -1,4 +1,7 @@
-"""The scoring functions of other libraries under one signature, ours under the same, and inputs that tell them apart."""
+"""Other libraries' scoring functions and ours under one signature, and inputs that tell them apart.
+
+On CPU tensors every library computes its own plain definition, whatever kernels happen to be installed.
+"""
 
 from __future__ import annotations
 
