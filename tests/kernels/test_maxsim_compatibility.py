@@ -54,7 +54,8 @@ def test_packed_documents_score_as_padded_ones(library: str, layout: str, masked
     inputs = make_inputs(layout)
     shape = inputs.document_mask.shape
     lengths = torch.randint(0, 9, shape[:-1], generator=torch.Generator().manual_seed(5)).view(-1)
-    lengths[0], lengths[1], lengths[2] = 9, 6, 0  # the longest, one of negative similarities, an empty one
+    # Document 1, of negative similarities, is short by one token, or as long as the longest and has a hole.
+    lengths[0], lengths[1], lengths[2] = (8, 9, 0) if masked else (9, 8, 0)
     present = (torch.arange(9) < lengths[:, None]).view(shape)
     mask = present & inputs.document_mask if masked else present
     inputs.document_mask = mask
@@ -269,3 +270,5 @@ def test_colbert_cpu_rule_is_the_compiled_one(tmp_path: Path, monkeypatch: pytes
     poisoned[4] = torch.nan
     arguments = (inputs.queries[:1], poisoned, torch.tensor([9]), colbert_config())
     assert library.colbert_score_packed(*arguments).isfinite().all()
+    with pytest.raises(RuntimeError, match="expected scalar type Float"):
+        library.colbert_score_packed(inputs.queries[:1].bfloat16(), packed.bfloat16(), lengths, colbert_config())

@@ -6,6 +6,7 @@ docs/compatibility.md names the tests of this file cell by cell.
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import peer_libraries
@@ -53,6 +54,19 @@ def test_negative_similarities(library: str, padded: float, unpadded: float) -> 
     assert library_and_ours(library, NEGATIVE_QUERY, NEGATIVE_DOCUMENT, BOTH_TOKENS, kept) == [padded, padded]
     whole = NEGATIVE_DOCUMENT[:, :2]
     assert library_and_ours(library, NEGATIVE_QUERY, whole, BOTH_TOKENS, kept[:, :2]) == [unpadded, unpadded]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_all_agree_where_similarities_are_positive(library: str, layout: str) -> None:
+    inputs = make_inputs(layout)
+    inputs.queries, inputs.documents = inputs.queries.abs(), inputs.documents.abs()
+    inputs.document_mask[..., 3] = True
+    theirs = scores_and_gradients(LIBRARY_SCORES[library](layout), inputs)
+    assert_same(scores_and_gradients(LIBRARY_SCORES["sentence-transformers"](layout), inputs), theirs)
+    if layout == "all":
+        masks = {"query_mask": inputs.query_mask, "document_mask": inputs.document_mask}
+        assert_same(scores_and_gradients(lambda q, d, *_: maxsim(q, d, **masks), inputs), theirs)
 
 
 EMPTY_SCORES = [
@@ -150,11 +164,6 @@ def test_bfloat16_is_summed_in_float32(library: str, scores_dtype: torch.dtype) 
     assert (theirs[real] - exact[real]).abs().max() > 100 * (ours[real] - exact[real]).abs().max()
 
 
-def test_colbert_cpu_takes_no_bfloat16() -> None:
-    inputs = make_inputs("all")
-    assert maxsim_like("colbert-cpu", inputs.queries.bfloat16(), inputs.documents.bfloat16()).dtype == torch.float32
-
-
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_ties(library: str) -> None:
     """Two equal document tokens: colpali-engine's amax shares the gradient, the others and we send it to the first."""
@@ -247,6 +256,7 @@ def test_colpali_engine_scores_depend_on_the_batch() -> None:
     alone = score(list(NEGATIVE_QUERY), [short], device="cpu")[0, 0].item()
     beside = score(list(NEGATIVE_QUERY), [short, long], device="cpu")[0, 0].item()
     assert (alone, beside) == (-3, 0)
+    assert score(list(NEGATIVE_QUERY), [short, long], batch_size=1, device="cpu")[0, 0].item() == alone
     offsets = torch.tensor([0, 2, 8], dtype=torch.int32)
     packed = torch.cat((short, long))
     assert maxsim_like("colpali-engine", NEGATIVE_QUERY, packed, cu_seqlens=offsets)[0, 0] == beside
@@ -301,6 +311,23 @@ def test_nothing_to_score(library: str) -> None:
     assert maxsim_like(library, torch.randn(2, 0, 4), torch.randn(3, 5, 4)).tolist() == [[0] * 3] * 2
 
 
+def test_fractional_masks_are_refused() -> None:
+    """Two libraries take them as weights: sentence-transformers on the query's side, PyLate on both."""
+    half, whole = torch.full((1, 2), 0.5), torch.ones(1, 2)
+    documents = -NEGATIVE_DOCUMENT[:, :2]  # maxima 3 and 6
+    library = peer_libraries.sentence_transformers().maxsim
+    assert (
+        library(NEGATIVE_QUERY, documents, half, whole) == 4.5 and library(NEGATIVE_QUERY, documents, whole, half) == 9
+    )
+    library = peer_libraries.pylate().colbert_scores
+    assert library(NEGATIVE_QUERY, documents, half, whole) == library(NEGATIVE_QUERY, documents, whole, half) == 4.5
+    for name in LIBRARIES:
+        with pytest.raises(TypeError, match=r"query_mask must be bool.*call .bool\(\) on it"):
+            maxsim_like(name, NEGATIVE_QUERY, documents, query_mask=half)
+        with pytest.raises(TypeError, match=r"document_mask must be bool.*call .bool\(\) on it"):
+            maxsim_like(name, NEGATIVE_QUERY, documents, document_mask=half)
+
+
 def test_bad_arguments_are_named() -> None:
     q, d = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
     with pytest.raises(ValueError, match="library='colpali'.*sentence-transformers, pylate"):
@@ -315,8 +342,6 @@ def test_bad_arguments_are_named() -> None:
         maxsim_like("pylate", q, d[0], pairs=True)
     with pytest.raises(ValueError, match="nested"):
         maxsim_like("pylate", q, torch.nested.nested_tensor([d[0], d[1, :2]], layout=torch.jagged))
-    with pytest.raises(TypeError, match=r"call .bool\(\) on it"):
-        maxsim_like("pylate", q, d, document_mask=torch.ones(2, 5))
     with pytest.raises(RuntimeError, match="cannot run"):
         maxsim_like("colbert", q, d, backend="cuda")
 
@@ -350,3 +375,13 @@ def test_another_version_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peer_libraries.PEERS, "pytest", peer_libraries.Peer("pytest", "1.0"))
     with pytest.raises(pytest.fail.Exception, match="follow 1.0"):
         peer_libraries.load("pytest", "pytest")
+
+
+def test_documentation_is_about_these_tests_and_versions() -> None:
+    here = Path(__file__).parent
+    page = (here.parents[1] / "docs" / "compatibility.md").read_text()
+    tests = "".join((here / f"test_maxsim_compatibility{end}.py").read_text() for end in ("", "_rules"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 20
+    assert not {name for name in named if f"def {name}(" not in tests}
+    assert all(peer.version in page for peer in peer_libraries.PEERS.values())
