@@ -208,6 +208,12 @@ def test_nan(library: str) -> None:
     theirs, ours = library_and_ours(library, NEGATIVE_QUERY, document, BOTH_TOKENS, kept)
     assert ours == our_scores(library, "all")(NEGATIVE_QUERY, NEGATIVE_DOCUMENT, BOTH_TOKENS, kept).item()
     assert (theirs != theirs) == (library in ("pylate", "colpali-engine"))
+    # An excluded query token is multiplied by 0 in every library, and so lets its NaN through.
+    query, first = NEGATIVE_QUERY.clone(), torch.tensor([[True, False]])
+    query[0, 1] = torch.nan
+    theirs, ours = library_and_ours(library, query, NEGATIVE_DOCUMENT, first, kept)
+    assert ours == our_scores(library, "all")(NEGATIVE_QUERY, NEGATIVE_DOCUMENT, first, kept).item()
+    assert theirs != theirs
 
 
 # --------------------------------------------------------------------------- defects of the libraries
