@@ -4,17 +4,25 @@
 """
 
 from jmlr_kernels.maxsim.function import maxsim, maxsim_candidates, maxsim_tokens
+from jmlr_kernels.maxsim.quantized import maxsim_quantized, quantize_documents
+from jmlr_kernels.maxsim.residual import ResidualCodec, maxsim_residual, residual_compress, residual_decompress
 from jmlr_kernels.ops import backend_info
 from jmlr_kernels.shifted_attention.flops import attention_pairs
 from jmlr_kernels.shifted_attention.function import shifted_sparse_attention
 from jmlr_kernels.version import __version__
 
 __all__ = [
+    "ResidualCodec",
     "__version__",
     "attention_pairs",
     "backend_info",
     "maxsim",
     "maxsim_candidates",
+    "maxsim_quantized",
+    "maxsim_residual",
     "maxsim_tokens",
+    "quantize_documents",
+    "residual_compress",
+    "residual_decompress",
     "shifted_sparse_attention",
 ]
