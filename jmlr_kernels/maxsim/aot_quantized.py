@@ -17,8 +17,10 @@ from .triton_compressed import maxsim_compressed_kernel
 _QUERIES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _FORMATS = {INT8: ("int8", "*i8"), FLOAT8: ("float8", "*fp8e4nv"), FLOAT8_BITS: ("float8bits", "*u8")}
 _DIMENSIONS = (64, 96, 128, 768)
-_RESIDUAL_DIMENSIONS = (96, 128, 256)
-_TABLES = ("fp16", "fp32")
+# Bits, dimension and type of the centroids: every number of bits, padded and whole, the widest, another table.
+_RESIDUALS = [(2, 128, "fp16"), (2, 256, "fp16"), (2, 128, "fp32")]
+_RESIDUALS += [(bits, dimension, "fp16") for bits, dimension in ((1, 128), (4, 128), (8, 128))]
+_RESIDUALS += [(bits, 96, "fp16") for bits in (1, 2, 4, 8)]
 # Query tokens that share documents: one per row tile.
 _SHARING_ROWS = (32, 64, 4096)
 _OPTIONAL = ("query_mask", "document_mask", "query_weights", "cu_seqlens")
@@ -47,21 +49,17 @@ def configurations(capability: int) -> list[dict[str, Any]]:
     """Arguments for triton.compile at one compute capability (80, 90, 100), in the form that tools/aot.py reads."""
     found: list[dict[str, Any]] = []
     for variant, (present, candidates) in _VARIANTS.items():
-        everything = variant == "packed_everything"
-        for name, dtype in _QUERIES.items():
+        # One variant visits every format, dtype and dimension; the others differ from it in a few loads each.
+        full = variant == "packed_everything"
+        for name in _QUERIES if full else ("bf16",):
             for stored in (torch.int8, torch.float8_e4m3fn):
                 form = config_compressed.format_of(stored, capability, interpreted=False)
-                for dimension in _DIMENSIONS if everything else (128,):
+                for dimension in _DIMENSIONS if full else (128,):
                     label = f"{_FORMATS[form][0]}-{variant}-{name}-d{dimension}"
-                    found += _tiled(capability, label, form, dtype, name, dimension, 0, "fp16", present, candidates)
-            # All numbers of bits with every optional argument; one number of bits with the others.
-            for bits in (1, 2, 4, 8) if everything else (2,):
-                for dimension in _RESIDUAL_DIMENSIONS if everything else (128,):
-                    for table in _TABLES if dimension == 128 else ("fp16",):
-                        label = f"residual{bits}-{variant}-{name}-{table}-d{dimension}"
-                        found += _tiled(
-                            capability, label, RESIDUAL, dtype, name, dimension, bits, table, present, candidates
-                        )
+                    found += _tiled(capability, label, form, name, dimension, 0, "fp16", present, candidates)
+            for bits, dimension, table in _RESIDUALS if full else _RESIDUALS[:1]:
+                label = f"residual{bits}-{variant}-{name}-{table}-d{dimension}"
+                found += _tiled(capability, label, RESIDUAL, name, dimension, bits, table, present, candidates)
     return found
 
 
@@ -69,7 +67,6 @@ def _tiled(
     capability: int,
     label: str,
     form: int,
-    dtype: torch.dtype,
     name: str,
     dimension: int,
     bits: int,
@@ -77,9 +74,11 @@ def _tiled(
     present: frozenset[str],
     candidates: bool,
 ) -> Iterator[dict[str, Any]]:
-    seen = set()
+    seen, dtype = set(), _QUERIES[name]
     for sharing_rows in _SHARING_ROWS:
-        tiles = config_compressed.compressed_tiles(capability, form, dtype.itemsize, dimension, sharing_rows)
+        tiles = config_compressed.compressed_tiles(
+            capability, form, dtype.itemsize, dimension, sharing_rows, _QUERIES[table].itemsize
+        )
         if tiles in seen:
             continue
         seen.add(tiles)

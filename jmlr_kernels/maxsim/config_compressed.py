@@ -42,27 +42,35 @@ class CompressedTiles:
 
 
 def compressed_tiles(
-    capability: int, form: int, element_size: int, dimension: int, sharing_rows: int
+    capability: int, form: int, element_size: int, dimension: int, sharing_rows: int, table_size: int = 2
 ) -> CompressedTiles:
     """Tiles for a compute capability (80, 90, 100), a format, the queries' bytes per element and the dimension.
 
-    `sharing_rows` is how many query tokens meet the same documents.
+    `sharing_rows` is how many query tokens meet the same documents; `table_size` the centroids' bytes per element.
     """
     rows = min(128, next_power_of_two(sharing_rows, 32))
     if form == RESIDUAL:
-        # A gather of gathers: programs side by side hide its latency, since a pipeline would also copy the lookups.
-        tile = next_power_of_two(dimension, 16)
-        if element_size == 4:
-            return CompressedTiles(32, 32, tile, warps=8, stages=1, registers=REGISTERS)
-        return CompressedTiles(
-            rows, 64 if tile <= 128 else 32, tile, warps=8, stages=1, registers=128 if rows == 32 else REGISTERS
-        )
+        return _residual_tiles(element_size, next_power_of_two(dimension, 16), rows, table_size)
     if element_size == 4:
         return CompressedTiles(32, 32, dimension_tile(dimension, 32), warps=8, stages=2, registers=REGISTERS)
     tile = dimension_tile(dimension, 128)
-    if rows < 128:
-        return CompressedTiles(rows, 64, tile, warps=4, stages=3, registers=168 if rows == 32 else REGISTERS)
-    return CompressedTiles(rows, 64, tile, warps=8, stages=3, registers=REGISTERS)
+    if form == FLOAT8_BITS and tile < dimension:
+        # The integer decoder inside the walk over the dimension takes the registers of a third stage.
+        return CompressedTiles(min(rows, 64), 64, tile, warps=4, stages=2, registers=REGISTERS)
+    if rows == 32:
+        # Three programs of four warps to a multiprocessor, or two of eight where sums lie in tensor memory.
+        warps, registers = (8, 128) if capability >= 100 else (4, 168)
+        return CompressedTiles(rows, 64, tile, warps, stages=3, registers=registers)
+    return CompressedTiles(rows, 64, tile, warps=4 if rows == 64 else 8, stages=3, registers=REGISTERS)
+
+
+def _residual_tiles(element_size: int, tile: int, rows: int, table_size: int) -> CompressedTiles:
+    """One stage: programs side by side hide a gather's latency, and a pipeline would copy the lookups as well."""
+    if element_size == 4:
+        return CompressedTiles(32, 32, tile, warps=8, stages=1, registers=REGISTERS)
+    tokens = 64 if tile <= 128 and table_size == 2 else 32
+    registers = 128 if rows == 32 and tile <= 128 else REGISTERS
+    return CompressedTiles(rows, tokens, tile, warps=8, stages=1, registers=registers)
 
 
 def documents_per_program(documents: int, row_tiles: int, processors: int) -> int:

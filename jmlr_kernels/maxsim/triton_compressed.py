@@ -308,7 +308,14 @@ def _launch(
     queries, stored = unit_stride(queries), as_list(stored)
     capability = config.capability_of(queries.device)
     sharing_rows = sizes.query_length * (1 if candidates else sizes.query_count)
-    tiles = config_compressed.compressed_tiles(capability, form, queries.element_size(), sizes.dimension, sharing_rows)
+    tiles = config_compressed.compressed_tiles(
+        capability,
+        form,
+        queries.element_size(),
+        sizes.dimension,
+        sharing_rows,
+        2 if centroids is None else centroids.element_size(),
+    )
     row_chunks = -(-sizes.query_length // tiles.rows)
     per_tile = 1 if candidates else max(1, tiles.rows // sizes.query_length)
     row_tiles = -(-sizes.query_count // per_tile) * row_chunks
