@@ -56,7 +56,7 @@ def compressed_tiles(
     tile = dimension_tile(dimension, 128)
     if form == FLOAT8_BITS and tile < dimension:
         # The integer decoder inside the walk over the dimension takes the registers of a third stage.
-        return CompressedTiles(min(rows, 64), 64, tile, warps=4, stages=2, registers=REGISTERS)
+        return CompressedTiles(min(rows, 64), 64, tile, warps=4 if rows == 32 else 8, stages=2, registers=REGISTERS)
     if rows == 32:
         # Three programs of four warps to a multiprocessor, or two of eight where sums lie in tensor memory.
         warps, registers = (8, 128) if capability >= 100 else (4, 168)

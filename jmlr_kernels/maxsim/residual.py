@@ -245,12 +245,12 @@ def _backend(requested: str, queries: Tensor) -> str:
     resolved = ops.resolve_backend(requested, queries)
     if resolved != "triton" or queries.shape[-1] <= RESIDUAL_DIMENSION:
         return resolved
-    if requested == "auto":
-        return "torch"
-    raise RuntimeError(
-        f"backend='triton' cannot run: it decodes residual codes up to D={RESIDUAL_DIMENSION}, not"
-        f" D={queries.shape[-1]}; use backend='torch'"
-    )
+    reason = f"the Triton kernel decodes residual codes up to D={RESIDUAL_DIMENSION}, not D={queries.shape[-1]}"
+    if requested == "triton":
+        raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='torch'")
+    if not torch.compiler.is_compiling():
+        ops._warn_once(f"jmlr_kernels falls back to plain torch: {reason}")
+    return "torch"
 
 
 def _check_codes(codes: Tensor, document_mask: Tensor | None, codec: ResidualCodec) -> None:

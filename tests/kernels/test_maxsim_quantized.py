@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import triton
@@ -224,12 +228,20 @@ def test_all_similarities_negative_with_padding(backend: str) -> None:
 @pytest.mark.parametrize("stored", STORED, ids=str)
 def test_offsets_past_two_to_the_31(stored: torch.dtype) -> None:
     """A view whose strides overflow 32 bits; memory is reserved, not touched."""
-    span = torch.empty(2**31 + 128, dtype=torch.uint8, device=DEVICE).view(stored)
-    far = span.as_strided((2, 5, 16), (2**31 - 16, 16, 1))
     queries, values, scales = _inputs(stored, 5)
-    far.view(torch.uint8).copy_(values[:2].view(torch.uint8))
-    found = maxsim_quantized(queries, far, scales[:2], backend="triton")
-    torch.testing.assert_close(found, maxsim_quantized(queries, values[:2], scales[:2], backend="torch"))
+    span = torch.empty(2**31 + 128, dtype=torch.uint8, device=DEVICE).view(stored)
+    far = span.as_strided((3, 5, 16), (2**30, 16, 1))  # a stride that fits 32 bits, and twice of it that does not
+    far.view(torch.uint8).copy_(values.view(torch.uint8))
+    expected = maxsim_quantized(queries, values, scales, backend="torch")
+    torch.testing.assert_close(maxsim_quantized(queries, far, scales, backend="triton"), expected)
+    rows = span.as_strided((3, 16), (2**30, 1))
+    rows.view(torch.uint8).copy_(values[0, :3].view(torch.uint8))
+    expected = maxsim_quantized(queries, values[:1, :3], scales[:1, :3], backend="torch")
+    torch.testing.assert_close(maxsim_quantized(queries, rows[None], scales[:1, :3], backend="triton"), expected)
+    offsets = torch.tensor([0, 2, 3], dtype=torch.int32, device=DEVICE)
+    expected = maxsim_quantized(queries, values[0, :3], scales[0, :3], cu_seqlens=offsets, backend="torch")
+    found = maxsim_quantized(queries, rows, scales[0, :3], cu_seqlens=offsets, backend="triton")
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,6 +279,24 @@ def test_nan_reduction_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = maxsim_quantized(queries, values, scales, backend="triton")
     torch.testing.assert_close(found, expected, equal_nan=True)
     assert found[:, 1].isnan().all()
+
+
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from jmlr_kernels.maxsim.aot_quantized import configurations
+found = next(c for c in configurations(90) if c["name"] == "maxsim_compressed-int8-bare-bf16-d128-rows32")
+source = ASTSource(*(found[key] for key in ("kernel", "signature", "constexprs", "attrs")))
+print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=found["options"]).asm["ptx"])
+"""
+
+
+def test_compiled_maxima_propagate_nan() -> None:
+    """The interpreter's maximum always does, the chip's only on request: read it from the code."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True, timeout=200)
+    assert "max.NaN.f32" in run.stdout and "max.f32" not in run.stdout, run.stderr
 
 
 def test_decoded_documents_are_never_whole_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

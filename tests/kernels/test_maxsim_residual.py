@@ -13,7 +13,7 @@ from compressed_cases import BACKEND_AND_DTYPE, DEVICE, SHAPES, check_scores
 from maxsim_cases import make_case
 from torch import Tensor
 
-from jmlr_kernels import ResidualCodec, maxsim, maxsim_residual, residual_compress, residual_decompress
+from jmlr_kernels import ResidualCodec, maxsim, maxsim_residual, ops, residual_compress, residual_decompress
 from jmlr_kernels.maxsim import config_compressed, torch_compressed
 
 BACKENDS = ["torch", "triton"]
@@ -223,18 +223,17 @@ def test_empty_documents_and_queries_score_zero(backend: str, packed: bool) -> N
 def test_offsets_past_two_to_the_31(far: str) -> None:
     """A view whose strides overflow 32 bits; memory is reserved, not touched."""
     queries, codes, residuals, codec = _inputs()
-    codes = codes % 2
-    expected = maxsim_residual(queries, codes[:2], residuals[:2], codec, backend="torch")
+    codes = codes % 3
+    expected = maxsim_residual(queries, codes, residuals, codec, backend="torch")
+    # A stride that fits 32 bits, and twice of it that does not.
     if far == "residuals":
         span = torch.empty(2**31 + 512, dtype=torch.uint8, device=DEVICE)
-        view = span.as_strided((2, 70, 4), (2**31 - 16, 4, 1)).copy_(residuals[:2])
-        found = maxsim_residual(queries, codes[:2], view, codec, backend="triton")
+        residuals = span.as_strided((3, 70, 4), (2**30, 4, 1)).copy_(residuals)
     else:
         span = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
-        table = span.as_strided((2, 16), (2**31, 1)).copy_(codec.centroids[:2])
-        far_codec = ResidualCodec(table, codec.bucket_weights)
-        found = maxsim_residual(queries, codes[:2], residuals[:2], far_codec, backend="triton")
-    torch.testing.assert_close(found, expected)
+        table = span.as_strided((3, 16), (2**30, 1)).copy_(codec.centroids[:3])
+        codec = ResidualCodec(table, codec.bucket_weights)
+    torch.testing.assert_close(maxsim_residual(queries, codes, residuals, codec, backend="triton"), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -345,9 +344,11 @@ def test_compression_refuses_what_it_cannot_do() -> None:
         ResidualCodec.fit(torch.zeros(3, 8), torch.zeros(5, 8), 3)
 
 
-def test_wide_embeddings_need_torch() -> None:
+def test_wide_embeddings_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     queries, codec = torch.ones(1, 2, 272), random_codec(272, 1)
     codes, residuals = random_codes((2, 3), codec)
     with pytest.raises(RuntimeError, match="up to D=256, not D=272; use backend='torch'"):
         maxsim_residual(queries, codes, residuals, codec, backend="triton")
-    assert maxsim_residual(queries, codes, residuals, codec).shape == (1, 2)
+    monkeypatch.setattr(ops, "resolve_backend", lambda *_: "triton")  # as on a GPU
+    with pytest.warns(RuntimeWarning, match="falls back to plain torch: .* up to D=256"):
+        assert maxsim_residual(queries, codes, residuals, codec).shape == (1, 2)
