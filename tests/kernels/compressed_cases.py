@@ -31,6 +31,18 @@ SHAPES = {
 }
 
 
+def random_sizes(seed: int) -> dict[str, int | bool]:
+    """Sizes and switches for make_case, past the tiles' lengths."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def upto(limit: int) -> int:
+        return int(torch.randint(1, limit + 1, (), generator=draw))
+
+    sizes = {"query_count": upto(6), "documents": upto(6), "query_length": upto(140), "document_length": upto(150)}
+    switches = {name: upto(2) == 2 for name in ("candidates", "packed", "masked", "weighted")}
+    return {**sizes, **switches, "seed": seed}
+
+
 def check_scores(case: Case, decoded: Tensor, dtype: torch.dtype, score: Callable[..., Tensor]) -> Tensor:
     """`score(queries, **options)` against the definition on `decoded` documents (float64) for queries of `dtype`."""
     low = replace(case.to(dtype), documents=decoded.to(dtype))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from compressed_cases import BACKEND_AND_DTYPE, DEVICE, SHAPES, check_scores
+from compressed_cases import BACKEND_AND_DTYPE, DEVICE, DTYPES, SHAPES, check_scores, random_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from maxsim_cases import make_case
@@ -52,6 +52,14 @@ def test_paths(shape: str, backend: str, dtype: torch.dtype) -> None:
 def test_layouts(candidates: bool, packed: bool, masked: bool, backend: str, stored: torch.dtype) -> None:
     sizes = {"candidates": candidates, "packed": packed, "masked": masked, "weighted": masked}
     check(stored, backend, torch.float16, documents=3, seed=1, **sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_random_shapes(seed: int, stored: torch.dtype) -> None:
+    for dtype in DTYPES["triton"]:
+        check(stored, "triton", dtype, dimension=(16, 63, 80, 111, 260, 129)[seed], **random_sizes(seed))
 
 
 def test_float64_queries_keep_float64() -> None:

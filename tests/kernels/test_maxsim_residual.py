@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_cases import BACKEND_AND_DTYPE, DEVICE, SHAPES, check_scores
+from compressed_cases import BACKEND_AND_DTYPE, DEVICE, DTYPES, SHAPES, check_scores, random_sizes
 from maxsim_cases import make_case
 from torch import Tensor
 
@@ -82,6 +82,14 @@ def test_documents_per_program_covers_the_last_run(monkeypatch: pytest.MonkeyPat
     check("triton", torch.float16, documents=7, document_length=5, packed=True, candidates=True, query_count=2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_random_shapes(seed: int) -> None:
+    for dtype in DTYPES["triton"]:
+        bits = BITS[seed % 4]
+        check("triton", dtype, bits=bits, dimension=(16, 64, 80, 112, 256, 136)[seed], **random_sizes(seed))
+
+
 def test_float64_queries_keep_float64() -> None:
     case, codec = make_case(), random_codec(20, 2)
     codes, residuals = random_codes((4, 23), codec)
@@ -135,13 +143,13 @@ def test_against_colbert_itself(bits: int, tmp_path: Path) -> None:
     torch.testing.assert_close(residual_decompress(codes, residuals, codec), decompressed, rtol=1e-6, atol=1e-7)
 
 
-def test_compression_comes_near(bits_to_error: tuple[float, ...] = (0.8, 0.5, 0.2, 0.05)) -> None:
+def test_compression_comes_near() -> None:
     """More bits, less error; every one of them better than the centroid alone."""
     draw = torch.Generator().manual_seed(0)
     embeddings = torch.nn.functional.normalize(torch.randn(500, 32, generator=draw), dim=-1)
     centroids = embeddings[:40]
     alone = 1.0
-    for bits, limit in zip(BITS, bits_to_error, strict=True):
+    for bits, limit in zip(BITS, (0.8, 0.5, 0.2, 0.05), strict=True):
         codec = ResidualCodec.fit(centroids, embeddings[40:], bits)
         decoded = residual_decompress(*residual_compress(embeddings[40:], codec), codec)
         error = (decoded - embeddings[40:]).norm(dim=-1).mean().item()
