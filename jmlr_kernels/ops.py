@@ -76,6 +76,29 @@ _TABLE = (
         flops=f"{_MAXSIM}.flops:no_flops",
         backends={"triton": f"{_MAXSIM}.triton_losses:loss_rows", "torch": f"{_MAXSIM}.torch_losses:loss_rows"},
     ),
+    _Operation(
+        "maxsim_quantized_forward",
+        "(Tensor queries, Tensor values, Tensor scales, Tensor? query_mask, Tensor? document_mask,"
+        " Tensor? query_weights, Tensor? cu_seqlens, bool candidates, str backend) -> Tensor",
+        fake=f"{_MAXSIM}.compressed:fake_quantized",
+        flops=f"{_MAXSIM}.compressed:quantized_flops",
+        backends={
+            "triton": f"{_MAXSIM}.triton_compressed:quantized_forward",
+            "torch": f"{_MAXSIM}.torch_compressed:quantized_forward",
+        },
+    ),
+    _Operation(
+        "maxsim_residual_forward",
+        "(Tensor queries, Tensor codes, Tensor residuals, Tensor centroids, Tensor field_weights, Tensor? query_mask,"
+        " Tensor? document_mask, Tensor? query_weights, Tensor? cu_seqlens, bool normalize, bool candidates,"
+        " str backend) -> Tensor",
+        fake=f"{_MAXSIM}.compressed:fake_residual",
+        flops=f"{_MAXSIM}.compressed:residual_flops",
+        backends={
+            "triton": f"{_MAXSIM}.triton_compressed:residual_forward",
+            "torch": f"{_MAXSIM}.torch_compressed:residual_forward",
+        },
+    ),
 )
 
 
