@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,7 +24,17 @@ from benchmarks import baselines, oracle, peers
 from benchmarks.candidate import Candidate, Function
 from benchmarks.maxsim_cases import CPU_CASES, DRY_CASES, GPU_CASES, MaxSimCase
 
-__all__ = ["CPU_CASES", "DRY_CASES", "GPU_CASES", "MaxSimCase", "candidates", "exact", "is_baseline", "ours", "similarity_bytes"]
+__all__ = [
+    "CPU_CASES",
+    "DRY_CASES",
+    "GPU_CASES",
+    "MaxSimCase",
+    "candidates",
+    "exact",
+    "is_baseline",
+    "ours",
+    "similarity_bytes",
+]
 
 TUNED = "max-autotune-no-cudagraphs"
 # A baseline that stores more similarities than this is not made twice over by every compiler mode.
@@ -33,19 +44,22 @@ MOST_COMPILED_BYTES = 8 * 2**30
 def ours(case: MaxSimCase, backend: str = "auto", device: torch.device | None = None) -> Function:
     """The package's own operation on a case's layout."""
     if case.layout == "packed":
-        call: Function = partial(jmlr_kernels.maxsim, cu_seqlens=case.offsets(device or torch.device("cpu")))
+        call: Callable[..., Any] = partial(jmlr_kernels.maxsim, cu_seqlens=case.offsets(device or torch.device("cpu")))
     else:
         call = jmlr_kernels.maxsim_candidates if case.layout == "candidates" else jmlr_kernels.maxsim
 
     def scores(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-        return call(queries, documents, backend=backend)
+        result = call(queries, documents, backend=backend)
+        assert isinstance(result, torch.Tensor)  # no alignment was asked for
+        return result
 
     return scores
 
 
 def exact(case: MaxSimCase, tensors: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
     """Scores and both gradients in float64."""
-    return oracle.maxsim(*tensors, grad, case.lengths(), case.layout)
+    queries, documents = tensors
+    return oracle.maxsim(queries, documents, grad, case.lengths(), case.layout)
 
 
 def similarity_bytes(case: MaxSimCase) -> int:
@@ -91,5 +105,3 @@ def _compiled(make: Callable[[], Function], mode: str | None) -> Function:
 def is_baseline(name: str) -> bool:
     """Whether a candidate counts for the ratio: all but ours."""
     return name != "jmlr"
-
-

@@ -16,7 +16,9 @@ def maxsim(queries: Tensor, documents: Tensor, grad: Tensor, lengths: list[int],
     queries, documents, grad = (tensor.detach().double() for tensor in (queries, documents, grad))
     if layout == "candidates":
         parts = [
-            maxsim(queries[row : row + 1], documents[row], grad[row : row + 1], lengths[: documents.shape[1]], "in-batch")
+            maxsim(
+                queries[row : row + 1], documents[row], grad[row : row + 1], lengths[: documents.shape[1]], "in-batch"
+            )
             for row in range(queries.shape[0])
         ]
         scores, grad_queries = (torch.cat([part[position] for part in parts]) for position in (0, 1))

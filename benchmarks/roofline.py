@@ -1,7 +1,8 @@
 """The least time that a MaxSim step can take on a chip: exact work, and two measured or published ceilings.
 
 Forward: every token pair's product, every input byte read once, the scores written. Backward: each winner sends one
-row to each gradient; inputs, winners and the scores' gradient are read once, both gradients written. A step can take
+row to each gradient; queries, the documents' rows that won, winners and the scores' gradient are read once, both
+gradients written. A step can take
 no less than its products at the chip's matrix rate and no less than its bytes at the memory's bandwidth. What moves
 inside of the chip is not counted, except in :func:`gather_seconds`, which shows what re-reading winners from the L2
 cache would cost.
@@ -39,10 +40,15 @@ class Work:
 
     forward_flops: int
     backward_flops: int
-    input_bytes: int
+    query_bytes: int
+    document_bytes: int
     scores_bytes: int
     winners_bytes: int
     gathered_bytes: int
+
+    @property
+    def input_bytes(self) -> int:
+        return self.query_bytes + self.document_bytes
 
     @property
     def forward_bytes(self) -> int:
@@ -51,8 +57,10 @@ class Work:
 
     @property
     def backward_bytes(self) -> int:
-        """Winners written by the forward and read back, inputs and the scores' gradient read, gradients written."""
-        return 2 * self.input_bytes + self.scores_bytes + 2 * self.winners_bytes
+        """Winners written by the forward and read back, scores' gradient, queries and those documents' rows that won
+        read, gradients written, zeros included."""
+        rows_that_won = min(self.document_bytes, self.gathered_bytes // 2)
+        return self.input_bytes + self.query_bytes + rows_that_won + self.scores_bytes + 2 * self.winners_bytes
 
 
 def maxsim_work(
@@ -76,7 +84,8 @@ def maxsim_work(
     return Work(
         forward_flops=2 * dim * query_length * document_tokens * meetings,
         backward_flops=2 * 2 * dim * winners,
-        input_bytes=(queries * query_length + document_tokens) * dim * element_size,
+        query_bytes=queries * query_length * dim * element_size,
+        document_bytes=document_tokens * dim * element_size,
         scores_bytes=4 * meetings * documents,
         winners_bytes=winners * index_bytes,
         gathered_bytes=2 * winners * dim * element_size,

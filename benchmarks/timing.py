@@ -2,8 +2,8 @@
 
 On a GPU every candidate is captured as a CUDA graph where it can be, so that Python and launch overhead stay out, and
 timed by events around one replay, twice per round: once after a flush of the L2 cache, once after another replay
-("warm"). Before either, a kernel that touches no memory keeps the GPU busy while the CPU enqueues events and replay: the
-launch hides behind it. What the launch costs is a figure of its own, :func:`race_eagerly`.
+("warm"). Before either, a kernel that touches no memory keeps the GPU busy while the CPU enqueues events and replay:
+the launch hides behind it. What the launch costs is a figure of its own, :func:`race_eagerly`.
 """
 
 from __future__ import annotations

@@ -64,14 +64,13 @@ def one(cases: tuple[maxsim.MaxSimCase, ...], position: int, name: str, device: 
 def run_all(found: list[tuple[int, str]], arguments: list[str], workers: int, budget: float) -> tuple[int, int]:
     """(done, failed) of the jobs, `workers` at a time, for at most `budget` seconds."""
     deadline = time.monotonic() + budget
-    waiting, running, done, failed = list(found), [], 0, 0
+    waiting, done, failed = list(found), 0, 0
+    running: list[subprocess.Popen[bytes]] = []
     while (waiting or running) and time.monotonic() < deadline:
         while waiting and len(running) < workers:
             position, name = waiting.pop(0)
             command = [sys.executable, "-m", "benchmarks.warm", *arguments, "--one", str(position), name]
-            running.append(
-                subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            )
+            running.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         time.sleep(0.1)
         for process in [process for process in running if process.poll() is not None]:
             running.remove(process)
@@ -108,7 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
         one(cases, int(options.one[0]), options.one[1], device)
         return 0
     if "TRITON_CACHE_DIR" not in os.environ:
-        print("benchmarks.warm: set TRITON_CACHE_DIR to a folder of its own; tuning results in it are deleted", file=sys.stderr)
+        print(
+            "benchmarks.warm: set TRITON_CACHE_DIR to a folder of its own; tuning results in it are deleted",
+            file=sys.stderr,
+        )
         return 2
     found = jobs(options.operation, cases, device)
     if options.dry_run:

@@ -222,7 +222,7 @@ PHASES: dict[str, Callable[[Context, float], Phase]] = {
 def _environment(wheels: Path, caches: Path) -> dict[str, str]:
     """The phases' environment: the working tree and the unpacked wheels come first on the module path.
 
-    Compiled kernels lie in `caches`, which all phases share and nobody else does: a check starts from nothing.
+    Compiled kernels lie in `caches`, which all phases share and nobody else does.
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(wheels)])}
     environment |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
@@ -270,7 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.append(str(wheels))  # so that this process sees what the phases will see
         if carried:
             print(f"carried wheels: {', '.join(carried)}", flush=True)
-        context = Context(out, Path(scratch), log, _environment(wheels, Path(scratch)), options.dry_run, options.commit)
+        context = Context(
+            out, Path(scratch), log, _environment(wheels, ROOT / "runs" / "cache"), options.dry_run, options.commit
+        )
         for name in chosen:
             left = TOTAL_SECONDS - (time.monotonic() - started)
             limit = min(seconds[name], left)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 HEADINGS = {
-    "attention": ["case", "direction", "jmlr ms", "torch ms", "best other ms", "ratio", "TFLOP/s", "peak MiB", "best other"],
+    "attention": [
+        "case",
+        "direction",
+        "jmlr ms",
+        "torch ms",
+        "best other ms",
+        "ratio",
+        "TFLOP/s",
+        "peak MiB",
+        "best other",
+    ],
     "maxsim": [
         "case",
         "step",
@@ -121,7 +131,8 @@ def _compiled(report: dict[str, Any]) -> list[str]:
 
 def _problems(report: dict[str, Any]) -> list[str]:
     """Ours in full, a line for each kind of problem of the others."""
-    ours, others = [], {}
+    ours: list[str] = []
+    others: dict[tuple[str, str], list[str]] = {}
     for case in report["cases"]:
         for name, record in case["candidates"].items():
             if "problem" not in record:

@@ -88,8 +88,10 @@ def parse(text: str) -> list[dict[str, Any]]:
     if heading is None:
         return []
     launches = []
-    for row in list(csv.DictReader(lines[heading:]))[1:]:
-        launch: dict[str, Any] = {"kernel": row.get("Kernel Name", "?")}
+    for row in csv.DictReader(lines[heading:]):
+        if not (row["ID"] or "").isdigit() or row.get("Kernel Name") is None:
+            continue  # the units, and ncu's last words
+        launch: dict[str, Any] = {"kernel": row["Kernel Name"]}
         for name, value in row.items():
             if name in METRICS and value:
                 try:

@@ -19,6 +19,7 @@ import contextlib
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -210,7 +211,7 @@ def merge(table: dict[str, Any], key: str, entry: dict[str, Any], environment: d
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: done; 1: a candidate killed the CUDA context; 2: no GPU, or nothing to choose from."""
+    """0: done; 1: a class has no candidate that runs; 2: no GPU, or nothing to choose from."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--budget", type=float, default=300.0, help="seconds; classes beyond keep what they have")
     parser.add_argument("--match", default="", help="only classes whose key contains this")
@@ -218,9 +219,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="the commit to name where there is no repository")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter")
     options = parser.parse_args(arguments)
-    if options.dry_run:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
-    elif not torch.cuda.is_available():
+    if options.dry_run and "TRITON_INTERPRET" not in os.environ:
+        # Read when Triton is first imported, which is done.
+        command = [sys.executable, "-m", "tools.tune", *(sys.argv[1:] if arguments is None else arguments)]
+        return subprocess.call(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"})
+    if not options.dry_run and not torch.cuda.is_available():
         print("tools.tune: no CUDA device was found; --dry-run walks the same path on the CPU", file=sys.stderr)
         return 2
     from jmlr_kernels.maxsim import config
@@ -228,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.perf_counter() + options.budget
     device = torch.device("cpu" if options.dry_run else "cuda")
     dtype = torch.float32 if options.dry_run else torch.bfloat16
-    # A dry run searches among the candidates of half precision, which are several; the interpreter runs them in float32.
+    # A dry run searches among the candidates of half precision, which are several, on float32, which is exact there.
     found = searches(config, config.capability_of(device), 2, options.dry_run)
     found = [search for search in found if options.match in search.key]
     if not found:
@@ -236,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     out = options.out or (None if options.dry_run else TABLE)
     table = json.loads(out.read_text()) if out is not None and out.is_file() else {}
-    environment, count = describe(options.commit), 0
+    environment, count, failed = describe(options.commit), 0, 0
     for search in found:
         try:
             entry = search_one(search, config, device, dtype, deadline)
@@ -247,12 +250,16 @@ def main(arguments: list[str] | None = None) -> int:
             break
         count += 1
         merge(table, search.key, entry, environment)
-        gain = entry.get("gain_over_guess")
-        print(f"{search.key}: {entry['tiles']}, {'-' if gain is None else f'{gain:.3f}'} x the guess", flush=True)
+        if entry["tiles"] is None:
+            failed += 1
+            print(f"{search.key}: no candidate runs: {next(iter(entry['problems'].values()))}", flush=True)
+        else:
+            gain = entry["gain_over_guess"]
+            print(f"{search.key}: {entry['tiles']}, {'-' if gain is None else f'{gain:.3f}'} x the guess", flush=True)
         if out is not None:
             out.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     print(f"{count} of {len(found)} classes searched" + (f"; table in {out.name}" if out is not None else ""))
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -33,5 +33,7 @@ def bench_operation(benchmark: Any, suite: Any, case: Any, direction: str, name:
     own = [tensors[0], case.padded(tensors[1])] if candidate.padded else tensors
     step = steps_of(candidate.make(), own, grad)[direction]
     if candidate.comparable:
-        compare(results_of(step, case, candidate), suite.exact(case, tensors, grad), candidate, torch.float32, direction)
+        compare(
+            results_of(step, case, candidate), suite.exact(case, tensors, grad), candidate, torch.float32, direction
+        )
     benchmark.pedantic(step, rounds=9, warmup_rounds=2)

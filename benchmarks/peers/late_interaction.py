@@ -1,7 +1,7 @@
 """late-interaction-kernels (H Company, Apache-2.0): Triton MaxSim, one program for a (query, document) pair.
 
-Its backward is a choice: ``unified`` adds d(documents) up by float32 atomics, ``lowmem`` multiplies one-hot matrices and
-is deterministic, ``auto`` takes one of the two by shape. All are timed; the best counts. Its forward is tuned by
+Its backward is a choice: ``unified`` adds d(documents) up by float32 atomics, ``lowmem`` multiplies one-hot matrices
+and is deterministic, ``auto`` takes one of the two by shape. All are timed; the best counts. Its forward is tuned by
 measurement once per length class of queries, on the first shape that comes; that is left as its users get it.
 """
 
