@@ -238,7 +238,9 @@ def candidates(case: AttentionCase, device: torch.device, compiled: int) -> dict
     else:
         makers["sdpa-dense"] = lambda: partial(_sdpa, None)
     return {
-        name: Candidate(make, compiles=name == "flex", comparable=not name.startswith("sdpa-dense"))
+        name: Candidate(
+            make, compiled_with="flex" if name == "flex" else None, comparable=not name.startswith("sdpa-dense")
+        )
         for name, make in makers.items()
     }
 

@@ -23,7 +23,8 @@ class Candidate:
         rounds: keeps similarities in the input dtype, so that a near tie can move a winner: its gradients are held to
             a wider bound, and the error is reported.
         peer: another library. Peers are compared with float64 on the case's second data set too.
-        compiles: takes seconds before its first result; worth doing ahead, in parallel.
+        compiled_with: candidates of one name here compile the same kernels, for seconds before the first result: one
+            process does them ahead, beside those of other names. None where there is nothing to compile.
         comparable: computes the same function; False for a yardstick, which is timed without being compared.
     """
 
@@ -32,5 +33,5 @@ class Candidate:
     padded: bool = False
     rounds: bool = False
     peer: bool = False
-    compiles: bool = False
+    compiled_with: str | None = None
     comparable: bool = True

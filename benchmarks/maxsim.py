@@ -94,7 +94,7 @@ def candidates(case: MaxSimCase, device: torch.device, compiled: int) -> dict[st
         for name in ("gemm", "einsum"):
             if similarity_bytes(case) <= MOST_COMPILED_BYTES:
                 make = partial(_compiled, plain(forms[name]), mode)
-                found[name + suffix] = Candidate(make, padded=packed, rounds=True, compiles=True)
+                found[name + suffix] = Candidate(make, padded=packed, rounds=True, compiled_with=name + suffix)
     return found
 
 

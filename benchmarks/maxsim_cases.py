@@ -146,7 +146,7 @@ def clustered_vectors(texts: int, length: int, topics: torch.Tensor, generator: 
     chosen = torch.randint(0, TOPICS_OF_A_TEXT, (texts, length), generator=generator, device=device)
     centres = topics[own.view(texts, TOPICS_OF_A_TEXT).gather(1, chosen)]
     noise = unit_vectors((texts, length, topics.shape[1]), generator, device)
-    amount = torch.rand((texts, length, 1), generator=generator, device=device) * 1.5 + 0.1
+    amount = torch.rand((texts, length, 1), generator=generator, device=device) * 0.8 + 0.05
     return torch.nn.functional.normalize(centres + amount * noise, dim=-1)
 
 

@@ -97,10 +97,15 @@ def race(steps: dict[str, Step], device: torch.device, seconds: float) -> Race:
     methods = dict.fromkeys(steps, "clock")
     ready = dict(steps)
     if on_gpu:
-        pool = torch.cuda.graph_pool_handle()
+        pool = None
         flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
         for name, step in steps.items():
+            # A capture that failed may leave its pool in use; the next ones take another.
+            if pool is None:
+                pool = torch.cuda.graph_pool_handle()
             ready[name], methods[name] = captured(step, pool)
+            if methods[name] == "events":
+                pool = None
 
     def on_events(name: str) -> tuple[float, float | None]:
         cycles = SPIN_CYCLES[methods[name]]

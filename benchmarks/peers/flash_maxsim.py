@@ -25,11 +25,11 @@ SWITCH = "FLASH_BWD_PATH"
 def candidates(case: MaxSimCase, device: torch.device) -> dict[str, Candidate]:
     """Its training form where a gradient is asked for, its faster forward-only form elsewhere."""
     padded = case.layout == "packed"
-    found = {NAME: Candidate(partial(_load, case, device, "auto"), padded=padded, peer=True, compiles=True)}
+    found = {NAME: Candidate(partial(_load, case, device, "auto"), padded=padded, peer=True, compiled_with=NAME)}
     # For candidates, "invgrid" falls back to a slower path; sorted sparse destinations are the choice there.
     other = "sparse_dd" if case.layout == "candidates" else "invgrid"
     make = partial(_load, case, device, other)
-    found[f"{NAME}-{other}"] = Candidate(make, directions=(STEP,), padded=padded, peer=True, compiles=True)
+    found[f"{NAME}-{other}"] = Candidate(make, directions=(STEP,), padded=padded, peer=True, compiled_with=NAME)
     return found
 
 

@@ -26,7 +26,7 @@ def candidates(case: MaxSimCase, device: torch.device) -> dict[str, Candidate]:
     """Its dense form for in-batch and candidates; its packed form, and its dense one with a mask, for packed ones."""
     os.environ.setdefault("LIK_SUPPRESS_NORM_WARN", "1")  # a look at the norms that waits for the device
     packed = case.layout == "packed"
-    found = {NAME: Candidate(partial(_packed, case, device), peer=True, compiles=True)} if packed else {}
+    found = {NAME: Candidate(partial(_packed, case, device), peer=True, compiled_with=NAME)} if packed else {}
     for backward in ("auto", "unified", "lowmem"):
         name = NAME + ("-padded" if packed else "") + ("" if backward == "auto" else f"-{backward}")
         found[name] = Candidate(
@@ -34,7 +34,7 @@ def candidates(case: MaxSimCase, device: torch.device) -> dict[str, Candidate]:
             directions=("forward", STEP) if backward == "auto" else (STEP,),
             padded=packed,
             peer=True,
-            compiles=True,
+            compiled_with=NAME,
         )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks import maxsim, run, warm
-from benchmarks.candidate import FORWARD, STEP
+from benchmarks.baselines import einsum
+from benchmarks.candidate import FORWARD, STEP, Candidate
 from benchmarks.maxsim_cases import GPU_CASES, MaxSimCase
 from benchmarks.prepare import ContextLost
 from benchmarks.timing import EAGER_ROUNDS, FEWEST_ROUNDS, _summary, race, race_eagerly
@@ -150,12 +152,24 @@ def test_the_table_of_a_run_that_measured_nothing() -> None:
     assert "one" in gpu_table.operation_table(_report())
 
 
-def test_warming_up_compiles_each_kernel_of_a_peer_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = warm.jobs("maxsim", GPU_CASES, CPU)
-    compiled = [name for _, name in jobs]
-    assert {"gemm-compiled", "einsum-compiled"} == set(compiled)
-    in_batch = [GPU_CASES[position].name for position, name in jobs if name == "gemm-compiled"]
-    assert len(in_batch) == len(set(in_batch)) and not any("Lq=1024" in name for name in in_batch)
+class _Everywhere:
+    """A peer as the adapters describe theirs: two backward passes over one forward."""
+
+    @staticmethod
+    def candidates(case: MaxSimCase, device: torch.device) -> dict[str, Candidate]:
+        plain = Candidate(lambda: einsum, peer=True, compiled_with="peer")
+        return {"peer": plain, "peer-other": replace(plain, directions=(STEP,))}
+
+
+def test_each_kernel_is_compiled_ahead_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maxsim.peers, "maxsim", _Everywhere.candidates)
+    jobs = [(GPU_CASES[position], group) for position, group in warm.jobs(GPU_CASES, torch.device("cuda"))]
+    peer = [(case.layout, case.query_length, case.backward) for case, group in jobs if group == "peer"]
+    assert len(peer) == len(set(peer)) == 5  # in-batch forward, both, 1024 tokens; candidates; packed
+    compiled = [case for case, group in jobs if group == "gemm-compiled"]
+    assert len({replace(case, data="") for case in compiled}) == len(compiled) == 12
+    assert not any(case.query_length == 1024 for case in compiled)  # too large for many at once
+    assert {group for _, group in jobs} == {"peer", "gemm-compiled", "einsum-compiled"}
 
 
 def test_tuning_results_are_forgotten_and_kernels_kept(tmp_path: Path) -> None:
@@ -167,6 +181,7 @@ def test_tuning_results_are_forgotten_and_kernels_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["kernel.cubin"]
 
 
-def test_a_worker_runs_its_job() -> None:
-    warm.one(warm.maxsim.DRY_CASES, 2, "einsum", CPU)
+def test_a_worker_runs_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maxsim, "candidates", lambda case, device, compiled: _Everywhere.candidates(case, device))
+    assert warm.one(maxsim.DRY_CASES[0], "peer", CPU) == 2 and warm.one(maxsim.DRY_CASES[0], "absent", CPU) == 0
     assert warm.run_all([], [], 2, 1.0) == (0, 0)
