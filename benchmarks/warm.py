@@ -3,9 +3,9 @@
     python -m benchmarks.warm maxsim --budget 50 --workers 12
 
 A worker runs the candidates of one case that compile the same kernels, once each; the kernels land in Triton's and
-Inductor's disk caches, from which the timing process then loads them. Figures that tuners measured on a device so crowded are thrown away; for that
-their results must lie in a cache folder of their own, so TRITON_CACHE_DIR must be set. A worker that fails or
-comes too late costs nothing but the compilation that is then done later.
+Inductor's disk caches, from which the timing process then loads them. Figures that tuners measured on a device so
+crowded are thrown away; for that their results must lie in a cache folder of their own, so TRITON_CACHE_DIR must be
+set. A worker that fails or comes too late costs nothing but the compilation that is then done later.
 """
 
 from __future__ import annotations
