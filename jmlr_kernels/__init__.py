@@ -3,7 +3,7 @@
 ``maxsim`` names the function here; the folder of the same name is reached by ``from jmlr_kernels.maxsim.x import y``.
 """
 
-from jmlr_kernels.maxsim.function import maxsim, maxsim_candidates
+from jmlr_kernels.maxsim.function import maxsim, maxsim_candidates, maxsim_tokens
 from jmlr_kernels.ops import backend_info
 from jmlr_kernels.shifted_attention.flops import attention_pairs
 from jmlr_kernels.shifted_attention.function import shifted_sparse_attention
@@ -15,5 +15,6 @@ __all__ = [
     "backend_info",
     "maxsim",
     "maxsim_candidates",
+    "maxsim_tokens",
     "shifted_sparse_attention",
 ]

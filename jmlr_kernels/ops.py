@@ -54,15 +54,17 @@ _TABLE = (
     _Operation(
         "maxsim_forward",
         "(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask, Tensor? query_weights,"
-        " Tensor? cu_seqlens, bool candidates, bool need_winners, str backend) -> (Tensor, Tensor)",
+        " Tensor? cu_seqlens, bool candidates, bool normalize, bool per_token, bool need_winners, int max_length,"
+        " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
         fake=f"{_MAXSIM}.function:fake_forward",
         flops=f"{_MAXSIM}.flops:forward_flops",
         backends={"triton": f"{_MAXSIM}.triton_forward:forward", "torch": f"{_MAXSIM}.torch_chunked:forward"},
     ),
     _Operation(
         "maxsim_backward",
-        "(Tensor grad_scores, Tensor queries, Tensor documents, Tensor winners, Tensor? query_weights,"
-        " Tensor? cu_seqlens, bool candidates, str backend) -> (Tensor, Tensor, Tensor)",
+        "(Tensor[] rule_tensors, Tensor queries, Tensor documents, Tensor winners, Tensor? query_mask,"
+        " Tensor? document_mask, Tensor? query_weights, Tensor? cu_seqlens, Tensor? query_scales,"
+        " Tensor? document_scales, str rule, bool candidates, int max_length, str backend) -> (Tensor, Tensor, Tensor)",
         fake=f"{_MAXSIM}.function:fake_backward",
         flops=f"{_MAXSIM}.flops:backward_flops",
         backends={"triton": f"{_MAXSIM}.triton_backward:backward", "torch": f"{_MAXSIM}.torch_chunked:backward"},

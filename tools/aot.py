@@ -101,7 +101,7 @@ def compile_one(module: str, index: int, capability: int) -> Report:
         report.registers, report.stack_bytes = resource_usage(compiled.asm["cubin"])
     except Exception as error:  # whatever the compiler raises is the finding
         text = " ".join(str(error).split())
-        report.problems.append(f"does not compile: {type(error).__name__}: {text[:400]}")
+        report.problems.append(f"does not compile: {type(error).__name__}: {text[:80]} ... {text[-320:]}")
         return report
     finally:
         report.seconds = round(time.perf_counter() - started, 2)

@@ -1,50 +1,79 @@
 """Every configuration of the MaxSim kernels that can be launched, for compilation without a GPU.
 
-The tiles come from config.py, so what is compiled here is what runs. Optional arguments are taken all together and one
-by one: they differ in a few loads each, not in tiles.
+The tiles come from config.py, all candidates of the tuner included, so what is compiled here is what runs or may be
+timed. Optional arguments are taken all together and one by one: they differ in a few loads each, not in tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton.language as tl
 
 from . import config
-from .triton_backward import maxsim_document_gradient_kernel, maxsim_query_gradient_kernel, product_types
-from .triton_forward import maxsim_forward_kernel
+from .gradient_rule import RULES
+from .triton_document_gradient import maxsim_document_gradient_kernel, product_types
+from .triton_forward import maxsim_forward_kernel, maxsim_kept_kernel, maxsim_norms_kernel
+from .triton_query_gradient import (
+    maxsim_query_gradient_kernel,
+    maxsim_query_gradient_sum_kernel,
+    maxsim_tangent_kernel,
+)
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # One dimension per path: a whole power of two, a padded one, the widest whole tile, chunks without and with a rest.
-_DIMENSIONS = (64, 96, 128, 256, 768, 300)
+DIMENSIONS = (64, 96, 128, 256, 768, 300)
 # Query tokens that share documents: one per row tile.
-_SHARING_ROWS = (32, 64, 4096)
-_OPTIONAL = ("query_mask", "document_mask", "query_weights", "cu_seqlens", "winners")
-_VARIANTS: dict[str, tuple[frozenset[str], bool]] = {
-    "everything": (frozenset(_OPTIONAL) - {"cu_seqlens"}, False),
-    "bare": (frozenset(), False),
-    "winners": (frozenset({"winners"}), False),
-    "query_mask": (frozenset({"query_mask", "winners"}), False),
-    "document_mask": (frozenset({"document_mask", "winners"}), False),
-    "weights": (frozenset({"query_weights", "winners"}), False),
-    "packed": (frozenset({"cu_seqlens", "winners"}), False),
-    "packed_everything": (frozenset(_OPTIONAL), False),
-    "candidates": (frozenset({"winners"}), True),
-    "candidates_everything": (frozenset(_OPTIONAL) - {"cu_seqlens"}, True),
-    "candidates_packed_everything": (frozenset(_OPTIONAL), True),
+SHARING_ROWS = (32, 64, 4096)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which optional arguments are there, how documents lie, what is normalised, and who gives the gradient."""
+
+    present: frozenset[str]
+    candidates: bool = False
+    normalize: str = "none"
+    per_token: bool = False
+    rule: str = "scores"
+    winners: str = "*u8"
+
+
+_MASKS = frozenset({"query_mask", "document_mask", "query_weights"})
+VARIANTS: dict[str, Variant] = {
+    "everything": Variant(_MASKS | {"winners"}),
+    "bare": Variant(frozenset()),
+    "winners": Variant(frozenset({"winners"})),
+    "winners16": Variant(frozenset({"winners"}), winners="*u16"),
+    "winners32": Variant(frozenset({"winners", "cu_seqlens"}), winners="*i32"),
+    "query_mask": Variant(frozenset({"query_mask", "winners"})),
+    "document_mask": Variant(frozenset({"document_mask", "winners"})),
+    "document_mask_alone": Variant(frozenset({"document_mask"})),
+    "weights": Variant(frozenset({"query_weights", "winners"})),
+    "packed": Variant(frozenset({"cu_seqlens", "winners"})),
+    "packed_everything": Variant(_MASKS | {"cu_seqlens", "winners"}),
+    "normalize_load": Variant(_MASKS | {"winners"}, normalize="load"),
+    "normalize_compute": Variant(_MASKS | {"winners"}, normalize="compute"),
+    "tokens": Variant(_MASKS - {"query_weights"} | {"winners"}, per_token=True, rule="tokens"),
+    "candidates": Variant(frozenset({"winners"}), candidates=True),
+    "candidates_everything": Variant(_MASKS | {"winners"}, candidates=True),
+    "candidates_packed_everything": Variant(_MASKS | {"cu_seqlens", "winners"}, candidates=True, normalize="compute"),
+    "labels": Variant(_MASKS | {"winners"}, rule="labels"),
+    "candidates_labels": Variant(_MASKS | {"winners"}, candidates=True, rule="labels"),
+    "candidates_teacher": Variant(_MASKS | {"winners"}, candidates=True, rule="teacher"),
+    "candidates_margins": Variant(_MASKS | {"winners"}, candidates=True, rule="margins"),
 }
-_POINTERS = {
-    "query_mask": "*u8",
-    "document_mask": "*u8",
-    "query_weights": "*fp32",
-    "cu_seqlens": "*i32",
-    "scores": "*fp32",
-    "grad_scores": "*fp32",
-    "winners": "*i32",
-    "grad_weights": "*fp32",
-}
+_RULE_POINTERS = ("scores", "row_statistics", "temperatures", "target", "target_row")
+_RULE_USES = dict(zip(RULES, ((), (), _RULE_POINTERS[:4], _RULE_POINTERS, ("scores", "row_statistics", "target")), strict=True))
+_BYTES = ("query_mask", "document_mask", "document_kept")  # kernels that take a mask as it is
+_FLOATS = (
+    "query_weights", "scores", "grad", "row_statistics", "temperatures", "target", "target_row", "query_scales",
+    "document_scales", "scales", "partial", "grad_weights", "gradient",
+)  # fmt: skip
+_ELEMENTS = ("queries", "documents", "tokens", "out", "grad_queries", "grad_documents")
 
 
 def configurations(capability: int) -> list[dict[str, Any]]:
@@ -54,96 +83,163 @@ def configurations(capability: int) -> list[dict[str, Any]]:
     has), "options" and "wants_wgmma" (the Hopper tensor-core instruction must appear in the code for capability 90).
     """
     found: list[dict[str, Any]] = []
-    for variant, (present, candidates) in _VARIANTS.items():
-        for name, dtype in _DTYPES.items():
-            # The all-dense variant visits every dimension and row tile; the others differ from it in a few loads.
-            dimensions = _DIMENSIONS if variant == "everything" else (128,)
-            for dimension in dimensions:
-                label = f"{variant}-{name}-d{dimension}"
-                found += _forward(capability, label, dtype, name, dimension, present, candidates)
-                if "winners" in present:
-                    found += _backward(capability, label, dtype, name, dimension, present, candidates)
+    for label, variant in VARIANTS.items():
+        for name, dtype in DTYPES.items():
+            # The all-dense variant visits every dimension, row tile and candidate; the others differ in a few loads.
+            thorough = label == "everything"
+            for dimension in DIMENSIONS if thorough or label == "normalize_compute" else (128,):
+                full = f"{label}-{name}-d{dimension}"
+                found += _forward(capability, full, dtype, name, dimension, variant, thorough)
+                if "winners" in variant.present and variant.normalize != "load":
+                    found += _backward(capability, full, dtype, name, dimension, variant, thorough)
+    for label in ("padded", "packed"):
+        present = frozenset({"document_mask", "kept", "kept_lengths"}) | ({"cu_seqlens"} if label == "packed" else set())
+        tiles = config.QueryGradientTiles(1, 1, 16, warps=4)
+        constants = {"SCAN": 512}
+        plain = Variant(present)
+        found.append(_configuration(f"maxsim_kept-{label}", maxsim_kept_kernel, "", present, plain, constants, tiles))
+    for name, dtype in DTYPES.items():
+        for dimension in DIMENSIONS:
+            found += _helpers(capability, f"{name}-d{dimension}", dtype, name, dimension)
     return found
 
 
 def _forward(
-    capability: int,
-    label: str,
-    dtype: torch.dtype,
-    name: str,
-    dimension: int,
-    present: frozenset[str],
-    candidates: bool,
+    capability: int, label: str, dtype: torch.dtype, name: str, dimension: int, variant: Variant, thorough: bool
 ) -> Iterator[dict[str, Any]]:
     seen = set()
-    for sharing_rows in _SHARING_ROWS:
-        tiles = config.forward_tiles(capability, dtype.itemsize, dimension, sharing_rows)
-        if tiles in seen or (candidates and sharing_rows == _SHARING_ROWS[0] and dimension != 128):
-            continue
-        seen.add(tiles)
-        constants = {
-            "DIMENSION": dimension,
-            "BLOCK_ROWS": tiles.rows,
-            "BLOCK_TOKENS": tiles.tokens,
-            "BLOCK_DIMENSION": tiles.dimension,
-            "SEGMENTS": 1 if candidates or sharing_rows < tiles.rows * 2 else tiles.rows // 32,
-            "CANDIDATES": candidates,
-            "PRECISION": config.product_precision(dtype),
-            "NAN_REDUCTION": True,
-        }
-        yield _configuration(
-            f"maxsim_forward-{label}-rows{tiles.rows}",
-            maxsim_forward_kernel,
-            name,
-            present,
-            constants,
-            tiles,
-            wants_wgmma=dtype.itemsize == 2 and tiles.rows >= 64,
-        )
+    for sharing_rows in SHARING_ROWS:
+        choices = config.forward_candidates(capability, dtype.itemsize, dimension, sharing_rows)
+        for tiles in choices if thorough else choices[:1]:
+            if tiles in seen:
+                continue
+            seen.add(tiles)
+            constants = {
+                "DIMENSION": dimension,
+                "BLOCK_ROWS": tiles.rows,
+                "BLOCK_TOKENS": tiles.tokens,
+                "BLOCK_DIMENSION": tiles.dimension,
+                "SEGMENTS": 1 if variant.candidates or sharing_rows < tiles.rows * 2 else tiles.rows // 32,
+                "CANDIDATES": variant.candidates,
+                "PER_TOKEN": variant.per_token,
+                "NORMALIZE": variant.normalize,
+                "NO_WINNER": 255,
+                "PRECISION": config.product_precision(dtype),
+                "NAN_REDUCTION": True,
+            }
+            present = variant.present
+            if "document_mask" in present:
+                present = present | {"kept", "kept_lengths"}
+            if variant.normalize != "none":
+                present = present | {"query_scales", "document_scales"}
+            yield _configuration(
+                f"maxsim_forward-{label}-{_tile_name(tiles)}",
+                maxsim_forward_kernel,
+                name,
+                present,
+                variant,
+                constants,
+                tiles,
+                wants_wgmma=dtype.itemsize == 2 and tiles.rows >= 64,
+            )
 
 
 def _backward(
-    capability: int,
-    label: str,
-    dtype: torch.dtype,
-    name: str,
-    dimension: int,
-    present: frozenset[str],
-    candidates: bool,
+    capability: int, label: str, dtype: torch.dtype, name: str, dimension: int, variant: Variant, thorough: bool
 ) -> Iterator[dict[str, Any]]:
-    tiles = config.query_gradient_tiles(capability, dtype.itemsize, dimension)
-    constants: dict[str, Any] = {
-        "DIMENSION": dimension,
-        "BLOCK_ROWS": tiles.rows,
-        "BLOCK_DIMENSION": tiles.dimension,
-        "CANDIDATES": candidates,
-    }
+    present = variant.present | set(_RULE_USES[variant.rule])
     if "query_weights" in present:
-        present = present | {"grad_weights"}
-    yield _configuration(
-        f"maxsim_query_gradient-{label}", maxsim_query_gradient_kernel, name, present, constants, tiles, False
-    )
-    tiles = config.document_gradient_tiles(capability, dtype.itemsize, dimension)
+        present |= {"grad_weights"}
+    if variant.normalize != "none":
+        present |= {"query_scales", "document_scales"}
+    if "everything" in label:  # documents of exactly 256 tokens
+        present |= {"document_kept"}
+    else:
+        present -= {"query_mask"}
+    marker = -2 if "document_kept" in present else 255
+    choices = config.query_gradient_candidates(capability, dtype.itemsize, dimension)
+    for tiles in choices if thorough else choices[:1]:
+        constants: dict[str, Any] = {
+            "DIMENSION": dimension,
+            "BLOCK_ROWS": tiles.rows,
+            "LANES": tiles.lanes,
+            "BLOCK_DIMENSION": tiles.dimension,
+            "CANDIDATES": variant.candidates,
+            "NO_WINNER": marker,
+            "RULE": variant.rule,
+            "JACOBIAN": variant.normalize != "none" and tiles.dimension >= dimension,
+        }
+        for split in (False, True) if thorough else (False,):
+            yield _configuration(
+                f"maxsim_query_gradient-{label}-{_tile_name(tiles)}" + "-split" * split,
+                maxsim_query_gradient_kernel,
+                name,
+                present | {"partial"} if split else present,
+                variant,
+                constants,
+                tiles,
+            )
     product, precision = product_types(dtype)
+    document_choices = config.document_gradient_candidates(capability, dtype.itemsize, dimension)
+    for document_tiles in document_choices if thorough else document_choices[:1]:
+        dimension_tiles = -(-dimension // document_tiles.dimension)
+        for scan in {document_tiles.scan, 128} if thorough or variant.candidates else {document_tiles.scan}:
+            constants = {
+                "DIMENSION": dimension,
+                "BLOCK_TOKENS": document_tiles.tokens,
+                "BLOCK_ROWS": document_tiles.rows,
+                "SCAN": scan,
+                "BLOCK_DIMENSION": document_tiles.dimension,
+                "DIMENSION_TILES": dimension_tiles,
+                "CANDIDATES": variant.candidates,
+                "NO_WINNER": marker,
+                "RULE": variant.rule,
+                "JACOBIAN": variant.normalize != "none" and dimension_tiles == 1,
+                "PRODUCT": product,
+                "PRECISION": precision,
+            }
+            yield _configuration(
+                f"maxsim_document_gradient-{label}-{_tile_name(document_tiles)}-scan{scan}",
+                maxsim_document_gradient_kernel,
+                name,
+                present,
+                variant,
+                constants,
+                document_tiles,
+                wants_wgmma=product == tl.bfloat16,
+            )
+
+
+def _helpers(
+    capability: int, label: str, dtype: torch.dtype, name: str, dimension: int
+) -> Iterator[dict[str, Any]]:
+    block = min(128, config.next_power_of_two(dimension, 16))
+    constants: dict[str, Any] = {"DIMENSION": dimension, "BLOCK_ROWS": 16, "BLOCK_DIMENSION": block}
+    plain = Variant(frozenset())
+    rows = config.QueryGradientTiles(16, 1, block, warps=4)
+    for kernel in (maxsim_norms_kernel, maxsim_tangent_kernel):
+        yield _configuration(f"{kernel.__name__}-{label}", kernel, name, plain.present, plain, constants, rows)
+    tiles = config.query_gradient_candidates(capability, dtype.itemsize, dimension)[0]
     constants = {
         "DIMENSION": dimension,
         "BLOCK_ROWS": tiles.rows,
-        "BLOCK_TOKENS": tiles.tokens,
         "BLOCK_DIMENSION": tiles.dimension,
-        "DIMENSION_TILES": -(-dimension // tiles.dimension),
-        "CANDIDATES": candidates,
-        "PRODUCT": product,
-        "PRECISION": precision,
+        "JACOBIAN": tiles.dimension >= dimension,
     }
     yield _configuration(
-        f"maxsim_document_gradient-{label}",
-        maxsim_document_gradient_kernel,
+        f"maxsim_query_gradient_sum-{label}",
+        maxsim_query_gradient_sum_kernel,
         name,
-        present,
+        frozenset({"query_weights", "grad_weights", "query_scales", "partial"}),
+        plain,
         constants,
         tiles,
-        wants_wgmma=product == tl.bfloat16,
     )
+
+
+def _tile_name(tiles: Any) -> str:
+    values = [getattr(tiles, field) for field in ("rows", "lanes", "tokens", "warps", "stages") if hasattr(tiles, field)]
+    return "x".join(map(str, values))
 
 
 def _configuration(
@@ -151,23 +247,30 @@ def _configuration(
     kernel: Any,
     element: str,
     present: frozenset[str],
+    variant: Variant,
     constants: dict[str, Any],
-    tiles: config.ForwardTiles | config.BackwardTiles,
-    wants_wgmma: bool,
+    tiles: Any,
+    wants_wgmma: bool = False,
 ) -> dict[str, Any]:
+    required = {"queries", "documents", "tokens", "gradient", "out", "scales", "grad", "grad_queries", "grad_documents"}
+    required |= {"notes"}
+    if kernel is not maxsim_forward_kernel:
+        required |= {"winners"}
+    else:
+        required |= {"scores"}
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, argument in enumerate(kernel.arg_names):
-        optional = argument in _OPTIONAL or argument == "grad_weights"
+        pointer = _pointer(argument, element, variant)
         if argument in constants:
             signature[argument] = "constexpr"
             constexprs[(position,)] = constants[argument]
-        elif optional and argument not in present:
+        elif pointer and argument not in present | required:
             signature[argument] = "constexpr"
             constexprs[(position,)] = None
-        elif argument in _POINTERS or argument in ("queries", "documents", "grad_queries", "grad_documents"):
-            signature[argument] = _POINTERS.get(argument, "*" + element)
+        elif pointer:
+            signature[argument] = pointer
             attrs[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "i32"
@@ -182,8 +285,23 @@ def _configuration(
         "options": {
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
-            "maxnreg": config.REGISTERS,
+            "maxnreg": tiles.registers,
             "enable_fp_fusion": True,
         },
         "wants_wgmma": wants_wgmma,
     }
+
+
+def _pointer(argument: str, element: str, variant: Variant) -> str | None:
+    """Triton's type of a pointer argument, None for an integer."""
+    if argument == "target" and variant.rule == "labels":
+        return "*i64"
+    if argument in _BYTES:
+        return "*u8"
+    if argument in _FLOATS:
+        return "*fp32"
+    if argument in _ELEMENTS:
+        return "*" + element
+    if argument in ("cu_seqlens", "kept", "kept_lengths"):
+        return "*i32"
+    return {"winners": variant.winners, "notes": "*u16"}.get(argument)

@@ -1,17 +1,22 @@
-"""Tile sizes of the Triton kernels: pure functions of the chip, the element size and the embedding dimension.
+"""Tile sizes of the Triton kernels: pure functions of the chip, the element size, the embedding dimension and how many
+query tokens share a document.
 
-One place for tuning, and small enough to be compiled in full without a GPU (see aot.py). Nothing here depends on the
-lengths or the numbers of queries and documents, so that a new batch shape never compiles a new kernel; the two values
-that adapt to them are ordinary run-time integers.
+Nothing here depends on the lengths or the numbers of queries and documents beyond that class, so that a new batch shape
+never compiles a new kernel and nothing is ever tuned at run time. Each `*_candidates` function lists, best guess first,
+what is worth timing; `make tune` times them on a GPU and writes the winners into tuned.json beside this file, which then
+goes before the guess. Every candidate is compiled ahead of time in CI (see aot.py).
 
-Chosen by what compiles without spills; not yet timed on a GPU.
+The guesses come from what compiles without spills and from counting instructions (docs/log.md); none is timed yet.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,24 +29,44 @@ REGISTERS = 255
 
 @dataclass(frozen=True)
 class ForwardTiles:
-    """A program holds `rows` query tokens, of several queries when they are short, and streams `tokens` at a time."""
+    """A program holds `rows` query tokens, of several queries when they are short, and streams `tokens` at a time.
+
+    `registers` is the most that a thread may take: 128 lets two programs of eight warps share a processor, so that one
+    searches its maxima while the other multiplies.
+    """
 
     rows: int
     tokens: int
     dimension: int
     warps: int
     stages: int
+    registers: int = REGISTERS
 
 
 @dataclass(frozen=True)
-class BackwardTiles:
-    """`rows` query tokens against `tokens` document tokens (d(documents)) or gathered rows (d(queries))."""
+class QueryGradientTiles:
+    """A program owns `rows` query tokens and gathers the winners of `lanes` documents at a time for each."""
 
     rows: int
+    lanes: int
+    dimension: int
+    warps: int
+    stages: int = 1
+    registers: int = REGISTERS
+
+
+@dataclass(frozen=True)
+class DocumentGradientTiles:
+    """A program owns `tokens` document tokens, looks through `scan` winners at a time for those that are its own, and
+    multiplies them `rows` at a time."""
+
     tokens: int
+    rows: int
+    scan: int
     dimension: int
     warps: int
     stages: int
+    registers: int = REGISTERS
 
 
 def next_power_of_two(value: int, least: int = 1) -> int:
@@ -58,40 +83,100 @@ def dimension_tile(dimension: int, whole: int) -> int:
     return min(chunks, key=lambda chunk: (-(-dimension // chunk) * chunk, -chunk))
 
 
-def forward_tiles(capability: int, element_size: int, dimension: int, sharing_rows: int) -> ForwardTiles:
-    """Forward tiles for a compute capability (80, 90, 100), bytes per element and embedding dimension.
+def forward_candidates(
+    capability: int, element_size: int, dimension: int, sharing_rows: int
+) -> list[ForwardTiles]:
+    """Forward tiles worth timing for a compute capability (80, 90, 100), bytes per element and embedding dimension.
 
     `sharing_rows` is how many query tokens meet the same documents: all of a batch, or one query's for candidates. A
     few of them make a small tile, since its remaining rows would be multiplied for nothing.
     """
-    rows = min(128, next_power_of_two(sharing_rows, 32))
+    rows = row_class(sharing_rows)
     if element_size == 4:
         # Full float32 products run on the ordinary cores, each thread holding a patch of both
         # operands: small tiles, many threads.
-        return ForwardTiles(32, 32, dimension_tile(dimension, 32), warps=8, stages=2)
+        return [ForwardTiles(32, 32, dimension_tile(dimension, 32), warps=8, stages=2)]
     tile = dimension_tile(dimension, _WHOLE_DIMENSION)
     if capability >= 100:
         # Sums lie in tensor memory, and a thread reads a whole row of them: short rows, many threads.
-        return ForwardTiles(rows, 64 if tile < 256 else 32, tile, warps=8, stages=2)
+        return [ForwardTiles(rows, 64 if tile < 256 else 32, tile, warps=8, stages=2)]
     if tile == 256:
         rows = min(rows, 128 if capability >= 90 else 64)  # before Hopper, 128 such rows do not fit the registers
-        return ForwardTiles(rows, 64, tile, warps=8 if rows == 128 else 4, stages=2)
+        return [ForwardTiles(rows, 64, tile, warps=8 if rows == 128 else 4, stages=2)]
     if rows < 128:
-        return ForwardTiles(rows, 64, tile, warps=4, stages=3)
-    return ForwardTiles(128, 128, tile, warps=8, stages=2 if capability < 90 else 3)
+        return [ForwardTiles(rows, 64, tile, warps=4, stages=stages) for stages in (3, 4)]
+    if capability < 90:
+        return [ForwardTiles(128, 64, tile, warps=8, stages=2)]
+    # 64 tokens waste least at a document's end; a thread holds two rows of the sums, for which the search of the
+    # winner costs three instructions an element, and twice that with four rows.
+    return [
+        ForwardTiles(128, 64, tile, warps=8, stages=3, registers=128),
+        ForwardTiles(128, 128, tile, warps=8, stages=2),
+    ]
 
 
-def query_gradient_tiles(capability: int, element_size: int, dimension: int) -> BackwardTiles:
-    """Tiles of the kernel that gathers winning document tokens into d(queries)."""
-    return BackwardTiles(16, 1, dimension_tile(dimension, 128), warps=4, stages=2)
+def row_class(sharing_rows: int) -> int:
+    """Rows of a forward tile for a number of query tokens that share documents: 32, 64 or 128."""
+    return min(128, next_power_of_two(sharing_rows, 32))
 
 
-def document_gradient_tiles(capability: int, element_size: int, dimension: int) -> BackwardTiles:
-    """Tiles of the kernel that owns document tokens and multiplies a one-hot matrix of winners with query rows."""
+def query_gradient_candidates(capability: int, element_size: int, dimension: int) -> list[QueryGradientTiles]:
+    """Tiles worth timing for the kernel that gathers winning document tokens into d(queries)."""
+    tile = dimension_tile(dimension, _WHOLE_DIMENSION if element_size == 2 else 128)
+    lanes = 8 if tile <= 128 else 4
+    return [QueryGradientTiles(rows, lanes, tile, warps=4) for rows in (4, 2)]
+
+
+def document_gradient_candidates(capability: int, element_size: int, dimension: int) -> list[DocumentGradientTiles]:
+    """Tiles worth timing for the kernel that owns document tokens and multiplies a one-hot matrix of winners with
+    query rows. A place in a scan and a token in a tile share 16 bits: scan * tokens <= 65536."""
     if element_size == 4:
-        return BackwardTiles(32, 32, dimension_tile(dimension, 32), warps=8, stages=2)
+        return [DocumentGradientTiles(32, 32, 1024, dimension_tile(dimension, 32), warps=8, stages=1)]
     tile = dimension_tile(dimension, 128)
-    return BackwardTiles(64, 64, tile, warps=8 if tile == 128 or capability < 90 else 4, stages=2)
+    warps = 8 if capability < 90 else 4
+    return [DocumentGradientTiles(64, rows, 1024, tile, warps=warps, stages=stages) for rows, stages in ((64, 2), (32, 2))]
+
+
+# --------------------------------------------------------------------------- what runs
+
+
+@cache
+def _tuned() -> dict[str, dict[str, Any]]:
+    path = Path(__file__).with_name("tuned.json")
+    return json.loads(path.read_text())["tiles"] if path.is_file() else {}
+
+
+def tuning_key(kernel: str, capability: int, element_size: int, dimension: int, sharing_rows: int = 0) -> str:
+    """The name under which tuned.json keeps the fastest tiles of one class of shapes."""
+    rows = f"-rows{row_class(sharing_rows)}" if sharing_rows else ""
+    return f"{kernel}-sm{capability}-{8 * element_size}bit-d{next_power_of_two(dimension, 16)}{rows}"
+
+
+@cache
+def forward_tiles(capability: int, element_size: int, dimension: int, sharing_rows: int) -> ForwardTiles:
+    """Tiles of the forward kernel; arguments as for :func:`forward_candidates`."""
+    found = _tuned().get(tuning_key("forward", capability, element_size, dimension, sharing_rows))
+    if found:
+        return ForwardTiles(**found)
+    return forward_candidates(capability, element_size, dimension, sharing_rows)[0]
+
+
+@cache
+def query_gradient_tiles(capability: int, element_size: int, dimension: int) -> QueryGradientTiles:
+    """Tiles of the kernel that owns query tokens."""
+    found = _tuned().get(tuning_key("query_gradient", capability, element_size, dimension))
+    if found:
+        return QueryGradientTiles(**found)
+    return query_gradient_candidates(capability, element_size, dimension)[0]
+
+
+@cache
+def document_gradient_tiles(capability: int, element_size: int, dimension: int) -> DocumentGradientTiles:
+    """Tiles of the kernel that owns document tokens."""
+    found = _tuned().get(tuning_key("document_gradient", capability, element_size, dimension))
+    if found:
+        return DocumentGradientTiles(**found)
+    return document_gradient_candidates(capability, element_size, dimension)[0]
 
 
 def product_precision(dtype: torch.dtype) -> str:
@@ -124,10 +209,38 @@ def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def documents_per_program(documents: int, row_tiles: int, processors: int) -> int:
+# A forward program streams at most so many documents past its query rows: beyond, rows are reused enough.
+_LONGEST_RUN = 16
+
+
+@cache
+def documents_per_program(documents: int, row_tiles: int, warps: int, processors: int) -> int:
     """How many documents one forward program streams past its query rows.
 
-    As many as keep about four waves of programs: a long stream reuses the rows, a short one balances the load.
+    The number that leaves the processors idle least: programs start in waves of sixteen warps on each processor, and a
+    wave lasts as long as a run. Of equals the longest run, which loads the query rows least often.
     """
-    programs = max(1, 4 * processors // max(1, row_tiles))
-    return max(1, min(16, documents // programs))
+    slots = processors * 16 // warps
+
+    def length(run: int) -> tuple[int, int]:
+        programs = row_tiles * -(-documents // run)
+        return -(-programs // slots) * run, -run
+
+    return min(range(1, max(1, min(_LONGEST_RUN, documents)) + 1), key=length)
+
+
+def document_splits(rows: int, documents: int, tiles: QueryGradientTiles, processors: int) -> int:
+    """Into how many parts the documents of d(queries) are split: a few query tokens alone would leave the chip idle."""
+    programs = -(-rows // tiles.rows)
+    wanted = 8 * processors // max(1, programs)
+    return max(1, min(wanted, documents // (4 * tiles.lanes)))
+
+
+def scan_length(rows: int, tiles: DocumentGradientTiles) -> int:
+    """Winners that a program of d(documents) looks through at a time: all of them when they are few."""
+    return min(tiles.scan, next_power_of_two(rows, 128))
+
+
+def gradient_programs(processors: int) -> int:
+    """The most programs of d(documents): enough to fill the chip, few enough that their notes stay small."""
+    return 8 * processors

@@ -26,6 +26,6 @@ def forward_flops(
     return 2 * sizes.dimension * queries_per_document * sizes.query_length * tokens
 
 
-def backward_flops(grad_scores: Tensor, queries: Tensor, documents: Tensor, winners: Tensor, *_: Any) -> int:
+def backward_flops(rule_tensors: list[Tensor], queries: Tensor, documents: Tensor, winners: Tensor, *_: Any) -> int:
     """2 * D per (query token, document) for each of the two gradients: a winner sends one row each way."""
     return 2 * 2 * queries.shape[-1] * winners.numel()

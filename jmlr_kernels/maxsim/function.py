@@ -1,20 +1,46 @@
-"""The public MaxSim functions: argument checks, autograd, and the call into the registered operations."""
+"""The public MaxSim functions: autograd, and the call into the registered operations."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from .layout import layout_of, score_dtype
-
-# Of a vector shorter than this, the direction is noise: it is divided by the floor instead (torch's own default).
-_NORM_FLOOR = 1e-12
+from . import arguments
+from .layout import decode_winners, layout_of, score_dtype, winner_code
 
 
+@overload
+def maxsim(
+    queries: Tensor,
+    documents: Tensor,
+    *,
+    query_mask: Tensor | None = ...,
+    document_mask: Tensor | None = ...,
+    query_weights: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    max_seqlen: int | None = ...,
+    normalize: bool = ...,
+    return_alignment: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def maxsim(
+    queries: Tensor,
+    documents: Tensor,
+    *,
+    query_mask: Tensor | None = ...,
+    document_mask: Tensor | None = ...,
+    query_weights: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    max_seqlen: int | None = ...,
+    normalize: bool = ...,
+    return_alignment: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 def maxsim(
     queries: Tensor,
     documents: Tensor,
@@ -23,6 +49,7 @@ def maxsim(
     document_mask: Tensor | None = None,
     query_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     normalize: bool = False,
     return_alignment: bool = False,
     backend: str = "auto",
@@ -42,7 +69,11 @@ def maxsim(
         query_weights: floating [Nq, Lq], one factor per query token.
         cu_seqlens: int32 [Nd + 1], token offsets of packed documents: starts at 0, ends at T, never decreases. The
             values are checked on a CPU only, because looking at them would stall a GPU.
-        normalize: scale every token of both sides to unit length first; gradients pass through it.
+        max_seqlen: length of the longest packed document in tokens, where known: winners are then saved in one or two
+            bytes even if all documents together have more than 65,536 tokens. A longer document scores NaN on a GPU,
+            and is an error on a CPU.
+        normalize: scale every token of both sides to unit length first; gradients pass through it. No normalised copy
+            is made.
         return_alignment: also return the winners.
         backend: "auto", "cuda", "triton", "cpu" or "torch"; a named backend that cannot run raises.
 
@@ -65,6 +96,7 @@ def maxsim(
         document_mask,
         query_weights,
         cu_seqlens,
+        max_seqlen,
         normalize,
         return_alignment,
         backend,
@@ -72,6 +104,34 @@ def maxsim(
     )
 
 
+@overload
+def maxsim_candidates(
+    queries: Tensor,
+    documents: Tensor,
+    *,
+    query_mask: Tensor | None = ...,
+    document_mask: Tensor | None = ...,
+    query_weights: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    max_seqlen: int | None = ...,
+    normalize: bool = ...,
+    return_alignment: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def maxsim_candidates(
+    queries: Tensor,
+    documents: Tensor,
+    *,
+    query_mask: Tensor | None = ...,
+    document_mask: Tensor | None = ...,
+    query_weights: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    max_seqlen: int | None = ...,
+    normalize: bool = ...,
+    return_alignment: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 def maxsim_candidates(
     queries: Tensor,
     documents: Tensor,
@@ -80,6 +140,7 @@ def maxsim_candidates(
     document_mask: Tensor | None = None,
     query_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     normalize: bool = False,
     return_alignment: bool = False,
     backend: str = "auto",
@@ -104,11 +165,124 @@ def maxsim_candidates(
         document_mask,
         query_weights,
         cu_seqlens,
+        max_seqlen,
         normalize,
         return_alignment,
         backend,
         candidates=True,
     )
+
+
+def maxsim_tokens(
+    queries: Tensor,
+    documents: Tensor,
+    *,
+    query_mask: Tensor | None = None,
+    document_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    normalize: bool = False,
+    candidates: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """What each query token contributes to the score: its maximum over a document's kept tokens, before weights and sum.
+
+    The building block for scores that are not a plain sum (a floor, a threshold, a learned pooling). Arguments as for
+    :func:`maxsim`; with `candidates`, as for :func:`maxsim_candidates`.
+
+    Returns:
+        float32 [Nq, N, Lq] (float64 for float64 inputs), 0 where there is no maximum: for an excluded query token and a
+        document without kept tokens. Differentiable in queries and documents; entries with gradient zero send none,
+        whatever their tokens hold.
+
+    Raises:
+        As :func:`maxsim`.
+    """
+    tensors, switches = prepare(
+        queries, documents, query_mask, document_mask, None, cu_seqlens, max_seqlen, normalize, candidates, backend
+    )
+    return _forward(tensors, switches, per_token=True, need_winners=False)[0]
+
+
+# queries, documents, query_mask, document_mask, query_weights, cu_seqlens
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Switches(NamedTuple):
+    """What else the operations need to know of one MaxSim problem. `max_length` is 0 where it is unknown."""
+
+    candidates: bool
+    normalize: bool
+    max_length: int
+    backend: str
+
+
+def prepare(
+    queries: Tensor,
+    documents: Tensor,
+    query_mask: Tensor | None,
+    document_mask: Tensor | None,
+    query_weights: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    normalize: bool,
+    candidates: bool,
+    backend: str,
+) -> tuple[Tensors, Switches]:
+    """Checked arguments of one MaxSim problem, jagged documents unpacked, autocast applied, the backend resolved."""
+    if documents.is_nested:
+        documents, cu_seqlens, longest = arguments.from_jagged(documents, cu_seqlens, candidates)
+        max_seqlen = max_seqlen or longest or None
+    longest = arguments.check(
+        queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_seqlen
+    )
+    queries, documents = arguments.autocast(queries), arguments.autocast(documents)
+    tensors = (queries, documents, query_mask, document_mask, query_weights, cu_seqlens)
+    return tensors, Switches(candidates, normalize, longest, ops.resolve_backend(backend, queries))
+
+
+def wants_gradient(tensors: Tensors, *others: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of queries, documents, weights or `others`."""
+    if not torch.is_grad_enabled():
+        return False
+    asked = (tensors[0], tensors[1], tensors[4], *others)
+    return any(tensor is not None and tensor.requires_grad for tensor in asked)
+
+
+def run_forward(
+    tensors: Tensors, switches: Switches, per_token: bool, need_winners: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores or maxima, winners, inverse norms of both sides, without autograd."""
+    return torch.ops.jmlr_kernels.maxsim_forward(
+        *tensors, switches.candidates, switches.normalize, per_token, need_winners, switches.max_length, switches.backend
+    )
+
+
+def save(
+    ctx: Any, tensors: Tensors, switches: Switches, winners: Tensor, scales: tuple[Tensor, ...], *others: Tensor | None
+) -> None:
+    """Keep what :func:`gradients` needs, then `others`. Masks are kept only where the winners do not say who has none."""
+    queries, documents, query_mask, document_mask, query_weights, cu_seqlens = tensors
+    if winner_code(documents, cu_seqlens, switches.max_length).marked:
+        query_mask = document_mask = None
+    kept_scales = scales if switches.normalize else (None, None)
+    ctx.save_for_backward(
+        queries, documents, winners, query_mask, document_mask, query_weights, cu_seqlens, *kept_scales, *others
+    )
+    ctx.switches = switches
+
+
+# How many tensors `save` keeps before the others.
+SAVED = 9
+
+
+def gradients(ctx: Any, rule: str, rule_tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """d(queries), d(documents) and d(weights) (None without weights) from what :func:`save` kept."""
+    saved, switches = ctx.saved_tensors[:SAVED], ctx.switches
+    grad_queries, grad_documents, grad_weights = torch.ops.jmlr_kernels.maxsim_backward(
+        rule_tensors, *saved, rule, switches.candidates, switches.max_length, switches.backend
+    )
+    return grad_queries, grad_documents, None if saved[5] is None else grad_weights
 
 
 def _maxsim(
@@ -118,28 +292,37 @@ def _maxsim(
     document_mask: Tensor | None,
     query_weights: Tensor | None,
     cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
     normalize: bool,
     return_alignment: bool,
     backend: str,
     candidates: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if documents.is_nested:
-        documents, cu_seqlens = _from_jagged(documents, cu_seqlens, candidates)
-    _check(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates)
-    if normalize:
-        # In plain PyTorch for now; folding it and its Jacobian into the kernels saves one pass over each side.
-        queries, documents = _normalized(queries), _normalized(documents)
-    queries, documents = _autocast(queries), _autocast(documents)
-    resolved = ops.resolve_backend(backend, queries)
-    differentiable = torch.is_grad_enabled() and (
-        queries.requires_grad or documents.requires_grad or (query_weights is not None and query_weights.requires_grad)
+    tensors, switches = prepare(
+        queries,
+        documents,
+        query_mask,
+        document_mask,
+        query_weights,
+        cu_seqlens,
+        max_seqlen,
+        normalize,
+        candidates,
+        backend,
     )
-    arguments = (queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates)
-    if differentiable:
-        scores, winners = _MaxSim.apply(*arguments, resolved)
-    else:
-        scores, winners = torch.ops.jmlr_kernels.maxsim_forward(*arguments, return_alignment, resolved)
-    return (scores, winners) if return_alignment else scores
+    scores, winners = _forward(tensors, switches, per_token=False, need_winners=return_alignment)
+    if not return_alignment:
+        return scores
+    _, documents, query_mask, document_mask, _, cu_seqlens = tensors
+    code = winner_code(documents, cu_seqlens, switches.max_length)
+    positions, valid = decode_winners(winners, code, query_mask, document_mask)
+    return scores, positions if valid is None else positions.masked_fill(~valid, -1)
+
+
+def _forward(tensors: Tensors, switches: Switches, per_token: bool, need_winners: bool) -> tuple[Tensor, Tensor]:
+    if wants_gradient(tensors):
+        return _MaxSim.apply(*tensors, switches, per_token)
+    return run_forward(tensors, switches, per_token, need_winners)[:2]
 
 
 class _MaxSim(torch.autograd.Function):
@@ -152,26 +335,20 @@ class _MaxSim(torch.autograd.Function):
         document_mask: Tensor | None,
         query_weights: Tensor | None,
         cu_seqlens: Tensor | None,
-        candidates: bool,
-        backend: str,
+        switches: Switches,
+        per_token: bool,
     ) -> tuple[Tensor, Tensor]:
-        scores, winners = torch.ops.jmlr_kernels.maxsim_forward(
-            queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, True, backend
-        )
-        ctx.save_for_backward(queries, documents, winners, query_weights, cu_seqlens)
+        tensors = (queries, documents, query_mask, document_mask, query_weights, cu_seqlens)
+        scores, winners, *scales = run_forward(tensors, switches, per_token, True)
+        save(ctx, tensors, switches, winners, tuple(scales))
         ctx.mark_non_differentiable(winners)
-        ctx.candidates, ctx.backend = candidates, backend
+        ctx.rule = "tokens" if per_token else "scores"
         return scores, winners
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_scores: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        queries, documents, winners, query_weights, cu_seqlens = ctx.saved_tensors
-        grad_queries, grad_documents, grad_weights = torch.ops.jmlr_kernels.maxsim_backward(
-            grad_scores, queries, documents, winners, query_weights, cu_seqlens, ctx.candidates, ctx.backend
-        )
-        if query_weights is None:
-            grad_weights = None
+        grad_queries, grad_documents, grad_weights = gradients(ctx, ctx.rule, [grad_scores])
         return grad_queries, grad_documents, None, None, grad_weights, None, None, None
 
 
@@ -183,24 +360,34 @@ def fake_forward(
     query_weights: Tensor | None,
     cu_seqlens: Tensor | None,
     candidates: bool,
+    normalize: bool,
+    per_token: bool,
     need_winners: bool,
+    max_length: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes of the forward operation, for meta tensors and torch.compile."""
     sizes = layout_of(queries, documents, cu_seqlens, candidates)
-    scores = queries.new_empty((sizes.query_count, sizes.documents_per_query), dtype=score_dtype(queries))
-    return scores, queries.new_empty(sizes.winners_shape if need_winners else (0,), dtype=torch.int32)
+    dtype = score_dtype(queries)
+    shape = sizes.winners_shape if per_token else sizes.winners_shape[:2]
+    code = winner_code(documents, cu_seqlens, max_length)
+    return (
+        queries.new_empty(shape, dtype=dtype),
+        queries.new_empty(sizes.winners_shape if need_winners else (0,), dtype=code.dtype),
+        queries.new_empty(queries.shape[:-1] if normalize else (0,), dtype=dtype),
+        queries.new_empty(documents.shape[:-1] if normalize else (0,), dtype=dtype),
+    )
 
 
 def fake_backward(
-    grad_scores: Tensor,
+    rule_tensors: list[Tensor],
     queries: Tensor,
     documents: Tensor,
     winners: Tensor,
+    query_mask: Tensor | None,
+    document_mask: Tensor | None,
     query_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    candidates: bool,
-    backend: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes and dtypes of the backward operation."""
     return (
@@ -208,121 +395,3 @@ def fake_backward(
         documents.new_empty(documents.shape),
         queries.new_empty(0) if query_weights is None else query_weights.new_empty(query_weights.shape),
     )
-
-
-def _normalized(tokens: Tensor) -> Tensor:
-    precise = tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
-    norm = torch.linalg.vector_norm(precise, dim=-1, keepdim=True)
-    return (precise / norm.clamp_min(_NORM_FLOOR)).to(tokens.dtype)
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
-
-
-def _from_jagged(documents: Tensor, cu_seqlens: Tensor | None, candidates: bool) -> tuple[Tensor, Tensor]:
-    if candidates:
-        raise ValueError(
-            "documents is a nested tensor, which maxsim_candidates cannot take; pass values and cu_seqlens"
-        )
-    if cu_seqlens is not None:
-        raise ValueError("documents is a nested tensor, which has its own offsets; leave cu_seqlens out")
-    if documents.layout != torch.jagged:
-        raise ValueError("documents is a strided nested tensor; build it with layout=torch.jagged")
-    jagged: Any = documents  # its class, which has lengths and offsets, is private
-    if jagged.dim() != 3 or jagged.lengths() is not None:
-        raise ValueError("documents must be a gapless jagged tensor [Nd, jagged length, D]; call .contiguous() on it")
-    return jagged.values(), jagged.offsets().to(torch.int32)
-
-
-def _check(
-    queries: Tensor,
-    documents: Tensor,
-    query_mask: Tensor | None,
-    document_mask: Tensor | None,
-    query_weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    candidates: bool,
-) -> None:
-    if queries.dim() != 3 or queries.shape[2] == 0:
-        raise ValueError(f"queries must be [Nq, Lq, D] with D >= 1, but its shape is {list(queries.shape)}")
-    if cu_seqlens is not None:
-        dims, wanted = 2, "packed [T, D], as cu_seqlens is given"
-    elif candidates:
-        dims, wanted = 4, "[Nq, K, Ld, D], or packed [T, D] with cu_seqlens"
-    else:
-        dims, wanted = 3, "[Nd, Ld, D], or packed [T, D] with cu_seqlens"
-    if documents.dim() != dims:
-        raise ValueError(f"documents must be {wanted}, but its shape is {list(documents.shape)}")
-    if documents.shape[-1] != queries.shape[2]:
-        raise ValueError(
-            f"documents have D={documents.shape[-1]} and queries D={queries.shape[2]}; encode both to one dimension"
-        )
-    if dims == 4 and documents.shape[0] != queries.shape[0]:
-        raise ValueError(
-            f"documents hold candidates for {documents.shape[0]} queries, but there are {queries.shape[0]} queries"
-        )
-    if not queries.dtype.is_floating_point or queries.dtype != documents.dtype:
-        raise TypeError(
-            f"queries are {queries.dtype} and documents {documents.dtype}; both must share one floating dtype"
-        )
-    if cu_seqlens is not None:
-        _check_offsets(cu_seqlens, documents, queries.shape[0] if candidates else None)
-    _check_mask("query_mask", query_mask, queries.shape[:2])
-    _check_mask("document_mask", document_mask, documents.shape[:-1])
-    if query_weights is not None:
-        if query_weights.shape != queries.shape[:2]:
-            raise ValueError(
-                f"query_weights must be [Nq, Lq] = {list(queries.shape[:2])}, but its shape is"
-                f" {list(query_weights.shape)}"
-            )
-        if not query_weights.dtype.is_floating_point:
-            raise TypeError(f"query_weights must be floating, but is {query_weights.dtype}; call .float() on it")
-    named = {
-        "documents": documents,
-        "query_mask": query_mask,
-        "document_mask": document_mask,
-        "query_weights": query_weights,
-        "cu_seqlens": cu_seqlens,
-    }
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != queries.device:
-            raise ValueError(f"{name} is on {tensor.device} and queries on {queries.device}; move them together")
-
-
-def _check_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name} must be bool (True counts), but is {mask.dtype}; call .bool() on it")
-    if mask.shape != shape:
-        raise ValueError(f"{name} must be {list(shape)}, but its shape is {list(mask.shape)}")
-
-
-def _check_offsets(cu_seqlens: Tensor, documents: Tensor, query_count: int | None) -> None:
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(
-            f"cu_seqlens must be int32 and one-dimensional, one more than documents, but is {cu_seqlens.dtype}"
-            f" {list(cu_seqlens.shape)}"
-        )
-    if query_count is not None:
-        count = cu_seqlens.shape[0] - 1
-        if (count % query_count if query_count else count) != 0:
-            raise ValueError(
-                f"cu_seqlens holds {count} documents, which {query_count} queries cannot share evenly; it must be"
-                " [Nq * K + 1]"
-            )
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling() or _is_fake(cu_seqlens):
-        return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != documents.shape[0] or bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to T={documents.shape[0]} without decreasing, but runs from {first} to {last}"
-        )
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)

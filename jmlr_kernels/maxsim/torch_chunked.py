@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from .layout import Layout, layout_of, score_dtype
+from .gradient_rule import pair_gradient, unpack
+from .layout import Layout, decode_winners, layout_of, score_dtype, winner_code
 
 # Similarities of one chunk, in elements: 4 MiB in float32, which stays in a core's outer cache.
 _CHUNK_ELEMENTS = 2**20
@@ -28,14 +29,16 @@ _CHUNK_ELEMENTS = 2**20
 _BACKWARD_ENTRIES = 2**21
 # Packed documents are grouped by length rounded up to this many tokens: little padding, few matrix products.
 _LENGTH_STEP = 16
+# Of a vector shorter than this, the direction is noise: it is divided by the floor instead (torch's own default).
+_NORM_FLOOR = 1e-12
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """The operation's own precision holds: autocast has already had its say in function.py."""
 
     @wraps(function)
-    def wrapped(first: Tensor, *args: Any) -> Any:
-        device = first.device.type
+    def wrapped(first: Any, *args: Any) -> Any:
+        device = (first[0] if isinstance(first, list) else first).device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             return function(first, *args)
 
@@ -51,33 +54,44 @@ def forward(
     query_weights: Tensor | None,
     cu_seqlens: Tensor | None,
     candidates: bool,
+    normalize: bool,
+    per_token: bool,
     need_winners: bool,
-) -> tuple[Tensor, Tensor]:
-    """Scores [Nq, N] (float32; float64 for float64 inputs) and winners int32 [Nq, N, Lq], -1 where there is none.
+    max_length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores [Nq, N] (float32; float64 for float64 inputs) or maxima [Nq, N, Lq], winners, and both sides' inverse norms.
 
-    Arguments are checked by function.py. Without `need_winners` the second tensor is empty.
+    Arguments are checked by function.py. What was not asked for is empty.
     """
     sizes = layout_of(queries, documents, cu_seqlens, candidates)
+    code = winner_code(documents, cu_seqlens, max_length)
     dtype = score_dtype(queries)
+    shape = sizes.winners_shape if per_token else sizes.winners_shape[:2]
+    if normalize:
+        query_scales, document_scales = _inverse_norms(queries, dtype), _inverse_norms(documents, dtype)
+    else:
+        query_scales, document_scales = (torch.empty(0, dtype=dtype, device=queries.device) for _ in range(2))
     if queries.numel() == 0 or documents.numel() == 0:
-        nothing = torch.full(
-            sizes.winners_shape if need_winners else (0,), -1, dtype=torch.int32, device=queries.device
-        )
-        return queries.new_zeros(sizes.winners_shape[:2], dtype=dtype), nothing
+        nobody = (sizes.winners_shape if need_winners else (0,), code.none if code.marked else 0)
+        winners = torch.full(nobody[0], nobody[1], dtype=code.dtype, device=queries.device)
+        return queries.new_zeros(shape, dtype=dtype), winners, query_scales, document_scales
     # Every query against the same documents is one group of rows; candidates are one group per query.
     groups = sizes.query_count if candidates else 1
-    rows = queries.to(dtype).reshape(groups, -1, sizes.dimension)
+    rows = queries.to(dtype)
+    rows = (rows * query_scales[..., None] if normalize else rows).reshape(groups, -1, sizes.dimension)
+    scales = document_scales if normalize else None
     if cu_seqlens is not None:
-        best, index = _packed_maxima(rows, documents, document_mask, cu_seqlens, dtype, need_winners)
+        best, index = _packed_maxima(rows, documents, document_mask, cu_seqlens, scales, dtype, need_winners)
     elif document_mask is not None and not candidates and _mostly_padding(rows, document_mask):
         count, length = document_mask.shape
         offsets = torch.arange(0, count * length + 1, length, device=documents.device)
         packed = documents.reshape(-1, sizes.dimension), document_mask.reshape(-1), offsets
-        best, index = _packed_maxima(rows, *packed, dtype, need_winners)
+        best, index = _packed_maxima(rows, *packed, None if scales is None else scales.reshape(-1), dtype, need_winners)
     else:
         grid = documents if candidates else documents[None]
         mask = document_mask if candidates or document_mask is None else document_mask[None]
-        best, index = _padded_maxima(rows, grid, mask, dtype, need_winners)
+        scales = scales if candidates or scales is None else scales[None]
+        best, index = _padded_maxima(rows, grid, mask, scales, dtype, need_winners)
     best = best.view(sizes.query_count, sizes.query_length, sizes.documents_per_query)
     counts = index.view_as(best) >= 0 if need_winners else _has_tokens(sizes, document_mask, cu_seqlens)
     if query_mask is not None:
@@ -87,13 +101,18 @@ def forward(
         best = best * query_weights.to(dtype)[:, :, None]
     if counts is not None:
         best = best.masked_fill(~counts, 0)
-    scores = best.sum(1)
+    scores = best.transpose(1, 2).contiguous() if per_token else best.sum(1)
     if not need_winners:
-        return scores, scores.new_empty(0, dtype=torch.int32)
+        return scores, torch.empty(0, dtype=code.dtype, device=queries.device), query_scales, document_scales
     winners = index.view_as(best)
-    if query_mask is not None:
-        winners = winners.masked_fill(~query_mask[:, :, None], -1)
-    return scores, winners.transpose(1, 2).contiguous()
+    if counts is not None:
+        winners = winners.masked_fill(~counts, code.none if code.marked else 0)
+    winners = winners.transpose(1, 2).to(code.dtype, memory_format=torch.contiguous_format)
+    return scores, winners, query_scales, document_scales
+
+
+def _inverse_norms(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    return 1 / torch.linalg.vector_norm(tokens, dim=-1, dtype=dtype).clamp_min(_NORM_FLOOR)
 
 
 def _has_tokens(sizes: Layout, document_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -117,11 +136,16 @@ def _mostly_padding(rows: Tensor, document_mask: Tensor) -> bool:
 
 
 def _padded_maxima(
-    rows: Tensor, documents: Tensor, mask: Tensor | None, dtype: torch.dtype, need_winners: bool
+    rows: Tensor,
+    documents: Tensor,
+    mask: Tensor | None,
+    scales: Tensor | None,
+    dtype: torch.dtype,
+    need_winners: bool,
 ) -> tuple[Tensor, Tensor]:
     """Row maxima [groups, rows, N] and their positions (int32, -1 for a document without kept tokens).
 
-    rows [groups, rows, D]; documents [groups, N, L, D]; mask [groups, N, L].
+    rows [groups, rows, D]; documents [groups, N, L, D]; mask and scales [groups, N, L].
     """
     groups, count, length, dimension = documents.shape
     row_count = rows.shape[1]
@@ -132,7 +156,10 @@ def _padded_maxima(
     ceiling = None if mask is None else _ceiling(mask, dtype)
     for g in _slices(groups, group_step):
         for n in _slices(count, document_step):
-            chunk = documents[g, n].to(dtype).flatten(1, 2).transpose(1, 2)
+            chunk = documents[g, n].to(dtype)
+            if scales is not None:
+                chunk = chunk * scales[g, n][..., None]
+            chunk = chunk.flatten(1, 2).transpose(1, 2)
             similarity = torch.matmul(rows[g], chunk).unflatten(2, (-1, length))
             if mask is None or ceiling is None:
                 values, positions = _row_maxima(similarity, need_winners)
@@ -176,7 +203,13 @@ def _only_kept(positions: Tensor, values: Tensor, kept: Tensor) -> Tensor:
 
 
 def _packed_maxima(
-    rows: Tensor, documents: Tensor, mask: Tensor | None, cu_seqlens: Tensor, dtype: torch.dtype, need_winners: bool
+    rows: Tensor,
+    documents: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor,
+    scales: Tensor | None,
+    dtype: torch.dtype,
+    need_winners: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same for packed documents [T, D]: documents of about equal length share a matrix product, and excluded
     tokens are left out of it, so that neither padding nor holes cost anything."""
@@ -206,12 +239,14 @@ def _packed_maxima(
             places = torch.where(inside, kept_starts[chunk, None] + position, 0)
             flat = tokens[places]
             text = documents[flat].to(dtype)
+            if scales is not None:
+                text = text * scales[flat][..., None]
             if groups == 1:
-                values, where = _padded_maxima(rows, text[None], inside[None], dtype, need_winners)
+                values, where = _padded_maxima(rows, text[None], inside[None], None, dtype, need_winners)
                 into: tuple[Any, ...] = (slice(None), slice(None), chunk)
             else:  # candidates: each document meets its own query only
                 owner = chunk // (count // groups)
-                values, where = _padded_maxima(rows[owner], text[:, None], inside[:, None], dtype, need_winners)
+                values, where = _padded_maxima(rows[owner], text[:, None], inside[:, None], None, dtype, need_winners)
                 into = (owner, slice(None), chunk % (count // groups))
                 values, where = values.squeeze(2), where.squeeze(2) if need_winners else where
             best[into] = values
@@ -226,22 +261,34 @@ def _packed_maxima(
 
 @_without_autocast
 def backward(
-    grad_scores: Tensor,
+    rule_tensors: list[Tensor],
     queries: Tensor,
     documents: Tensor,
     winners: Tensor,
+    query_mask: Tensor | None,
+    document_mask: Tensor | None,
     query_weights: Tensor | None,
     cu_seqlens: Tensor | None,
+    query_scales: Tensor | None,
+    document_scales: Tensor | None,
+    rule: str,
     candidates: bool,
+    max_length: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, documents and query_weights in their own shapes and dtypes.
 
-    The third is an empty tensor when there are no weights. Two runs are bit-identical.
+    The third is an empty tensor when there are no weights. Two runs are bit-identical. The scores' gradient is
+    computed slice by slice, by the rule (gradient_rule.py).
     """
     sizes = layout_of(queries, documents, cu_seqlens, candidates)
+    code = winner_code(documents, cu_seqlens, max_length)
     dtype = score_dtype(queries)
+    inputs = unpack(rule, rule_tensors, dtype)
     rows = queries.to(dtype).reshape(-1, sizes.dimension)
+    if query_scales is not None:
+        rows = rows * query_scales.reshape(-1, 1)
     flat_documents = documents.reshape(-1, sizes.dimension)
+    flat_scales = None if document_scales is None else document_scales.reshape(-1, 1)
     gathered = rows.new_zeros(rows.shape)
     grad_documents = torch.zeros_like(flat_documents, memory_format=torch.contiguous_format)
     weights = None if query_weights is None else query_weights.to(dtype).reshape(-1)
@@ -262,34 +309,65 @@ def backward(
             low, high = starts[first], starts[last]
             base = cu_seqlens[first:last].long() - low
         row_part = slice(part.start * tokens_per_query, part.stop * tokens_per_query) if candidates else slice(None)
-        won = winners[chosen].transpose(1, 2)
+        query_part = chosen[0]
+        won, valid = decode_winners(
+            winners[chosen],
+            code,
+            None if query_mask is None else query_mask[query_part],
+            None if document_mask is None or code.marked else document_mask[chosen if candidates else part],
+        )
+        coefficients = pair_gradient(rule, inputs, chosen).to(dtype)
+        if rule == "tokens":  # a maximum that the loss does not look at: its winner may hold anything
+            valid = (coefficients != 0) if valid is None else (coefficients != 0) & valid
+            coefficients = coefficients.transpose(1, 2)
+        else:
+            coefficients = coefficients[:, None, :].expand(-1, tokens_per_query, -1)
+        valid = None if valid is None else valid.expand(won.shape).transpose(1, 2)
+        won = won.transpose(1, 2)
         base = base.view(-1, count)[:, None, :] if candidates else base
-        coefficients = grad_scores[chosen].to(dtype)[:, None, :].expand(won.shape).reshape(-1, won.shape[2])
-        bags = _Bags((won + base).reshape(-1, won.shape[2]), won.reshape(-1, won.shape[2]) >= 0, coefficients)
+        bags = _Bags(
+            (won + base).reshape(-1, won.shape[2]),
+            None if valid is None else valid.reshape(-1, won.shape[2]),
+            coefficients.reshape(-1, won.shape[2]),
+        )
         text = flat_documents[low:high].to(dtype)
+        if flat_scales is not None:
+            text = text * flat_scales[low:high]
         gathered[row_part] += bags.sum_tokens(text)
         part_weights = None if weights is None else weights[row_part]
-        bags.add_rows(grad_documents[low:high], rows[row_part], part_weights)
+        bags.add_rows(grad_documents[low:high], rows[row_part], part_weights, text, flat_scales, low)
     grad_documents = grad_documents.view(documents.shape)
-    if query_weights is None or weights is None:
-        return gathered.view_as(queries).to(queries.dtype), grad_documents, queries.new_empty(0)
     # d(weight) is <q, sum of g * winning token>: the sum that d(query) needs, before its weight is applied.
     # An excluded query token's sum is zero, and zero it stays whatever its embedding and weight hold.
     nothing = gathered == 0
-    grad_weights = (gathered * rows).masked_fill(nothing, 0).sum(-1)
-    grad_queries = (gathered * weights[:, None]).masked_fill(nothing, 0).view_as(queries).to(queries.dtype)
-    return grad_queries, grad_documents, grad_weights.view(query_weights.shape).to(query_weights.dtype)
+    grad_weights = queries.new_empty(0)
+    if query_weights is not None and weights is not None:
+        grad_weights = (gathered * rows).masked_fill(nothing, 0).sum(-1)
+        grad_weights = grad_weights.view(query_weights.shape).to(query_weights.dtype)
+        gathered = (gathered * weights[:, None]).masked_fill(nothing, 0)
+    if query_scales is not None:
+        gathered = _tangent(gathered, rows, query_scales.reshape(-1, 1))
+    return gathered.view_as(queries).to(queries.dtype), grad_documents, grad_weights
+
+
+def _tangent(gradient: Tensor, units: Tensor, scales: Tensor) -> Tensor:
+    """The Jacobian of u = x * scale: (du - u <u, du>) * scale, row by row; zero rows stay zero whatever u holds."""
+    still = (gradient == 0).all(-1, keepdim=True)
+    along = (gradient * units).sum(-1, keepdim=True)
+    # Under the norm's floor, the scale is a constant.
+    along = along.masked_fill(scales >= 0.999 / _NORM_FLOOR, 0)
+    return ((gradient - units * along) * scales).masked_fill(still, 0)
 
 
 class _Bags:
     """The sparse matrix of winners: row r holds, for each document, the token that won and the score's gradient."""
 
-    def __init__(self, tokens: Tensor, valid: Tensor, coefficients: Tensor) -> None:
-        """tokens, valid, coefficients [rows, documents]; `tokens` counts from the first token of the documents."""
+    def __init__(self, tokens: Tensor, valid: Tensor | None, coefficients: Tensor) -> None:
+        """tokens, valid (None: all), coefficients [rows, documents]; `tokens` counts from the documents' first."""
         self.row_count, width = tokens.shape
         row_index = torch.arange(self.row_count, device=tokens.device)
         tokens, coefficients = tokens.reshape(-1), coefficients.reshape(-1)
-        if valid.all():
+        if valid is None or valid.all():
             self.tokens, self.coefficients = tokens, coefficients
             self.offsets = row_index * width
             self.rows = row_index[:, None].expand(-1, width).reshape(-1)
@@ -307,10 +385,14 @@ class _Bags:
             return documents.new_zeros((self.row_count, documents.shape[1]))
         return embedding_bag(self.tokens, documents, self.offsets, per_sample_weights=self.coefficients, mode="sum")
 
-    def add_rows(self, into: Tensor, rows: Tensor, weights: Tensor | None) -> None:
+    def add_rows(
+        self, into: Tensor, rows: Tensor, weights: Tensor | None, text: Tensor, scales: Tensor | None, low: int
+    ) -> None:
         """Per document token, the sum over the query tokens it won of gradient * weight * query token.
 
-        Written to `into` [tokens, D], which is zero; most tokens of a long list of documents win nothing.
+        Written to `into` [tokens, D], which is zero; most tokens of a long list of documents win nothing. With
+        `scales`, of which token `low` is the first one here, `text` holds unit vectors and the sum goes through their
+        Jacobian.
         """
         if self.tokens.numel() == 0:
             return
@@ -322,7 +404,10 @@ class _Bags:
             coefficients = coefficients * weights[winners_of_token]
         offsets = per_token.cumsum(0) - per_token
         sums = embedding_bag(winners_of_token, rows, offsets, per_sample_weights=coefficients, mode="sum")
-        into.index_copy_(0, won.long(), sums.to(into.dtype))
+        place = won.long()
+        if scales is not None:
+            sums = _tangent(sums, text[place], scales[place + low])
+        into.index_copy_(0, place, sums.to(into.dtype))
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:

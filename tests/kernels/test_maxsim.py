@@ -200,7 +200,7 @@ def test_scores_need_no_similarity_matrix() -> None:
 
     queries, documents = torch.randn(8, 32, 16), torch.randn(300, 100, 16)
     with Watch():
-        torch_chunked.forward(queries, documents, None, None, None, None, False, True)
+        torch_chunked.forward(queries, documents, None, None, None, None, False, False, False, True, 0)
     whole = 8 * 32 * 300 * 100
     assert max(sizes) <= max(torch_chunked._CHUNK_ELEMENTS, documents.numel()) < whole
 

@@ -23,11 +23,14 @@ def test_opcheck(candidates: bool, packed: bool, weighted: bool) -> None:
     forward = torch.ops.jmlr_kernels.maxsim_forward.default
     backward = torch.ops.jmlr_kernels.maxsim_backward.default
     arguments = (case.queries, case.documents, *masks, case.query_weights, offsets, candidates)
-    torch.library.opcheck(forward, (*arguments, False, "torch"))
-    torch.library.opcheck(forward, (*arguments, True, "torch"))
-    _, winners = forward(*arguments, True, "torch")
-    inputs = (case.queries, case.documents, winners, case.query_weights, offsets, candidates)
-    torch.library.opcheck(backward, (case.grad_scores, *inputs, "torch"))
+    for normalize, per_token, need_winners in ((False, False, False), (True, False, True), (False, True, True)):
+        torch.library.opcheck(forward, (*arguments, normalize, per_token, need_winners, 0, "torch"))
+    for normalize, rule in ((False, "scores"), (True, "tokens")):
+        _, winners, *scales = forward(*arguments, normalize, False, True, 0, "torch")
+        grad = case.grad_scores if rule == "scores" else torch.randn(winners.shape)
+        inputs = (case.queries, case.documents, winners, *masks, case.query_weights, offsets)
+        scales = scales if normalize else [None, None]
+        torch.library.opcheck(backward, ([grad], *inputs, *scales, rule, candidates, 0, "torch"))
 
 
 @pytest.mark.parametrize(("candidates", "packed"), LAYOUTS)
@@ -101,4 +104,4 @@ def test_saved_state_is_inputs_and_winners() -> None:
         lambda t: saved.append(t.numel() * t.element_size()) or t, lambda t: t
     ):
         maxsim(queries, documents)
-    assert sum(saved) == 8 * (queries.numel() + documents.numel()) + 4 * (4 * 50 * 8)
+    assert sum(saved) == 8 * (queries.numel() + documents.numel()) + 4 * 50 * 8
