@@ -4,11 +4,13 @@
 # make bench   both operations against plain torch on this CPU          OUT=runs/bench
 # make aot     compile every Triton configuration for sm_80/90/100      (no GPU needed)
 # make gpu     GPU tests, timings and a few training steps              OUT=dir  (no network, no environment of its own)
+# make tune    time the MaxSim kernels' tile sizes on this GPU           ARGS="--budget 600"
+# make profile what limits the MaxSim kernels: Nsight Compute's counters  (needs a GPU and ncu)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow check bench aot gpu clean
+.PHONY: help train test test-slow check bench aot gpu tune profile clean
 
 RECIPE ?= quickstart
 ARGS ?=
@@ -77,8 +79,16 @@ aot: .venv-test/.installed
 	.venv-test/bin/python -m tools.aot $(ARGS)
 
 # A GPU machine brings its own torch: nothing is installed there, and the working tree is the package.
+GPU_PYTHON = PYTHONPATH=. $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
+
 gpu:
-	PYTHONPATH=. $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)) -m tools.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(GPU_PYTHON) -m tools.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
+
+tune:
+	$(GPU_PYTHON) -m tools.tune $(ARGS)
+
+profile:
+	$(GPU_PYTHON) -m tools.profile $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .venv-train .venv-test .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

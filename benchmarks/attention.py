@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jmlr_kernels
+from benchmarks.candidate import Candidate
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -208,8 +209,15 @@ def sdpa_groups(case: AttentionCase, device: torch.device) -> Attention:
     return attention
 
 
-def candidates(case: AttentionCase, device: torch.device, compiled: bool) -> dict[str, Callable[[], Attention]]:
-    """Every way to compute this case, ours first: name -> a maker that may raise where it cannot run."""
+def exact(case: AttentionCase, tensors: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+    """Output and gradients by the plain-torch backend in float64."""
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    out = ours(case, "torch")(*wide)
+    return [out.detach(), *torch.autograd.grad(out, wide, grad.to(out.dtype))]
+
+
+def candidates(case: AttentionCase, device: torch.device, compiled: int) -> dict[str, Candidate]:
+    """Every way to compute this case, ours first. `compiled`: 0 leaves out torch.compile."""
     makers: dict[str, Callable[[], Attention]] = {
         "jmlr": lambda: ours(case),
         "torch": lambda: ours(case, "torch"),
@@ -229,7 +237,12 @@ def candidates(case: AttentionCase, device: torch.device, compiled: bool) -> dic
         makers["sdpa-dense-flash"] = lambda: partial(_sdpa, SDPBackend.FLASH_ATTENTION)
     else:
         makers["sdpa-dense"] = lambda: partial(_sdpa, None)
-    return makers
+    return {
+        name: Candidate(
+            make, compiled_with="flex" if name == "flex" else None, comparable=not name.startswith("sdpa-dense")
+        )
+        for name, make in makers.items()
+    }
 
 
 def is_baseline(name: str) -> bool:

@@ -1,126 +1,105 @@
-"""MaxSim, every query against every document: cases, baselines and their exact work.
+"""MaxSim: every way to compute a case, ours and others'.
 
-The baselines compute the same scores on documents without padding:
+* ``jmlr``: the package; ``torch``: its plain-torch backend.
+* ``einsum``, ``einsum-input-dtype``, ``gemm``: stored similarities (benchmarks/baselines.py); ``recompute``: blocks of
+  documents under activation checkpointing.
+* ``einsum-compiled``, ``gemm-compiled``: under ``torch.compile``; ``-tuned``: in its mode
+  ``max-autotune-no-cudagraphs``, the strongest.
+* ``late-interaction-kernels``, ``flash-maxsim``: other libraries, where they can be imported, in every choice of
+  backward that they offer.
 
-* ``torch``: the package's plain-torch backend.
-* ``einsum``: the definition in one line, maximum and sum over a stored [Nq, Nd, Lq, Ld] tensor.
-* ``gemm``: one matrix product over all tokens, then the maximum: the strongest eager form.
-* ``einsum-compiled``, ``gemm-compiled``: both under ``torch.compile``.
-* ``late-interaction-kernels``, ``flash-maxsim``: other libraries, where they can be imported.
+On packed documents, whoever cannot take them gets padded ones with a mask or lengths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 import jmlr_kernels
-from benchmarks import peers
+from benchmarks import baselines, oracle, peers
+from benchmarks.candidate import Candidate, Function
+from benchmarks.maxsim_cases import CPU_CASES, DRY_CASES, GPU_CASES, MaxSimCase
 
-MaxSim = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+__all__ = [
+    "CPU_CASES",
+    "DRY_CASES",
+    "GPU_CASES",
+    "MaxSimCase",
+    "candidates",
+    "exact",
+    "is_baseline",
+    "ours",
+    "similarity_bytes",
+]
 
-
-@dataclass(frozen=True)
-class MaxSimCase:
-    """One shape: queries [queries, query_length, dim], documents [documents, document_length, dim], unit vectors.
-
-    `bar` is the time in milliseconds that an H200 must not exceed in bf16; it counts forward and backward when
-    `backward` is set.
-    """
-
-    queries: int
-    documents: int
-    query_length: int
-    document_length: int
-    backward: bool
-    dim: int = 128
-    bar: float | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.queries} x {self.documents}, Lq={self.query_length} Ld={self.document_length} D={self.dim}"
-
-    def _token_pairs(self) -> int:
-        return self.queries * self.documents * self.query_length * self.document_length
-
-    def forward_flops(self) -> int:
-        return 2 * self.dim * self._token_pairs()
-
-    def backward_flops(self) -> int:
-        """A winner gives one row to each gradient: two multiply-adds of length D for a (query token, document)."""
-        return 2 * 2 * self.dim * self.queries * self.documents * self.query_length
-
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Queries and documents that ask for gradients, and a random, non-uniform gradient of the scores."""
-        generator = torch.Generator(device=device).manual_seed(0)
-
-        def unit(count: int, length: int) -> torch.Tensor:
-            tokens = torch.randn((count, length, self.dim), generator=generator, device=device, dtype=torch.float32)
-            return torch.nn.functional.normalize(tokens, dim=-1).to(dtype).requires_grad_()
-
-        queries = unit(self.queries, self.query_length)
-        documents = unit(self.documents, self.document_length)
-        grad = torch.randn((self.queries, self.documents), generator=generator, device=device, dtype=torch.float32)
-        return queries, documents, grad
+TUNED = "max-autotune-no-cudagraphs"
+# A baseline that stores more similarities than this is not made twice over by every compiler mode.
+MOST_COMPILED_BYTES = 8 * 2**30
 
 
-GPU_CASES = (
-    MaxSimCase(128, 128, 32, 300, backward=False, bar=0.09),
-    MaxSimCase(256, 256, 32, 300, backward=True, bar=0.8),
-    MaxSimCase(512, 512, 32, 180, backward=True, bar=2.2),
-    MaxSimCase(128, 128, 32, 1030, backward=True, bar=0.5),
-    MaxSimCase(128, 128, 1024, 1024, backward=True, bar=13.0),
-    MaxSimCase(32, 32, 32, 80, backward=True, bar=0.06),
-    MaxSimCase(64, 64, 32, 128, backward=True, bar=0.08),
-    MaxSimCase(1, 10_000, 32, 300, backward=False, bar=0.20),
-    MaxSimCase(1, 1000, 32, 300, backward=False, bar=0.03),
-)
-CPU_CASES = (
-    MaxSimCase(1, 1000, 32, 300, backward=False),
-    MaxSimCase(32, 32, 32, 180, backward=True),
-)
-DRY_CASES = (MaxSimCase(3, 4, 5, 7, backward=True, dim=32),)
-
-
-def ours(backend: str = "auto") -> MaxSim:
-    """The package's own operation."""
+def ours(case: MaxSimCase, backend: str = "auto", device: torch.device | None = None) -> Function:
+    """The package's own operation on a case's layout."""
+    if case.layout == "packed":
+        call: Callable[..., Any] = partial(jmlr_kernels.maxsim, cu_seqlens=case.offsets(device or torch.device("cpu")))
+    else:
+        call = jmlr_kernels.maxsim_candidates if case.layout == "candidates" else jmlr_kernels.maxsim
 
     def scores(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-        result = jmlr_kernels.maxsim(queries, documents, backend=backend)
+        result = call(queries, documents, backend=backend)
         assert isinstance(result, torch.Tensor)  # no alignment was asked for
         return result
 
     return scores
 
 
-def einsum(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-    """The definition in one line; the sum over query tokens in float32, as ours is."""
-    return torch.einsum("qld,nmd->qnlm", queries, documents).amax(-1).sum(-1, dtype=torch.float32)
+def exact(case: MaxSimCase, tensors: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
+    """Scores and both gradients in float64."""
+    queries, documents = tensors
+    return oracle.maxsim(queries, documents, grad, case.lengths(), case.layout)
 
 
-def gemm(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-    """One matrix product over all tokens, then the maximum over each document's."""
-    similarities = queries.flatten(0, 1) @ documents.flatten(0, 1).T
-    shape = (*queries.shape[:2], *documents.shape[:2])
-    return similarities.view(shape).amax(-1).sum(1, dtype=torch.float32)
+def similarity_bytes(case: MaxSimCase) -> int:
+    """Bytes of all similarities in bfloat16, padding included."""
+    shared = case.queries if case.layout != "candidates" else 1
+    return 2 * shared * case.query_length * case.document_count * case.document_length
 
 
-def candidates(case: MaxSimCase, device: torch.device, compiled: bool) -> dict[str, Callable[[], MaxSim]]:
-    """Every way to compute this case, ours first: name -> a maker that may raise where it cannot run."""
-    makers: dict[str, Callable[[], MaxSim]] = {
-        "jmlr": lambda: ours(),
-        "torch": lambda: ours("torch"),
-        "einsum": lambda: einsum,
-        "gemm": lambda: gemm,
+def candidates(case: MaxSimCase, device: torch.device, compiled: int) -> dict[str, Candidate]:
+    """Ours first. `compiled`: 0 leaves out torch.compile, 1 takes its default mode, 2 its tuned mode too."""
+    packed = case.layout == "packed"
+
+    def plain(function: Function) -> Callable[[], Function]:
+        return lambda: partial(function, mask=case.mask(device)) if packed else function
+
+    found = {
+        "jmlr": Candidate(lambda: ours(case, device=device)),
+        "torch": Candidate(lambda: ours(case, "torch", device)),
     }
     if device.type == "cuda":
-        makers |= peers.maxsim()
-    if compiled:
-        makers["gemm-compiled"] = lambda: torch.compile(gemm, dynamic=False)
-        makers["einsum-compiled"] = lambda: torch.compile(einsum, dynamic=False)
-    return makers
+        found |= peers.maxsim(case, device)
+    forms = {
+        "gemm": baselines.gemm,
+        "einsum": baselines.einsum,
+        "einsum-input-dtype": baselines.einsum_input_dtype,
+        "recompute": baselines.recompute,
+    }
+    for name, function in forms.items():
+        found[name] = Candidate(plain(function), padded=packed, rounds=True)
+    modes = {"-compiled": None, "-compiled-tuned": TUNED}
+    for suffix, mode in list(modes.items())[:compiled]:
+        for name in ("gemm", "einsum"):
+            if similarity_bytes(case) <= MOST_COMPILED_BYTES:
+                make = partial(_compiled, plain(forms[name]), mode)
+                found[name + suffix] = Candidate(make, padded=packed, rounds=True, compiled_with=name + suffix)
+    return found
+
+
+def _compiled(make: Callable[[], Function], mode: str | None) -> Function:
+    return torch.compile(make(), dynamic=False, mode=mode)
 
 
 def is_baseline(name: str) -> bool:

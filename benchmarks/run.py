@@ -3,19 +3,18 @@
     python -m benchmarks.run attention --budget 150 --out attention.json
     python -m benchmarks.run maxsim --dry-run --out maxsim.json
 
-For every case: make each candidate, warm it up, compare it with the plain-torch backend in float64 (a candidate that
-computes something else is not timed), measure its peak memory, then race all of them. ``backward`` is the difference
-of the medians of forward+backward and forward.
+For every case: make each candidate, warm it up, compare it with float64 (a candidate that computes something else is
+not timed), measure its peak memory, then race all of them. A candidate that kills the CUDA context is left out and the
+run starts over behind it, in a new process. How to read the result: docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,101 +22,71 @@ from typing import Any
 import torch
 
 import jmlr_kernels
-from benchmarks import attention, maxsim
+from benchmarks import attention, maxsim, roofline
+from benchmarks.candidate import FORWARD, STEP
 from benchmarks.environment import describe
-from benchmarks.timing import peak_bytes, race, relative_error, warm_up
+from benchmarks.prepare import ContextLost, context_is_alive, prepare
+from benchmarks.timing import described, race, race_eagerly
 
 SUITES: dict[str, Any] = {"attention": attention, "maxsim": maxsim}
-# ||error|| / ||exact||: twice what rounding inputs and outputs of these products costs. Not the tests' tolerance.
-PARITY = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
-LEAST_SECONDS_TO_COMPILE = 10.0
-
-Function = Callable[..., torch.Tensor]
+# Seconds that a case must have before torch.compile is tried: in its default mode, in its tuned mode.
+SECONDS_TO_COMPILE = (8.0, 30.0)
+LONGEST_RACE = {"cuda": 3.0, "cpu": 0.2}
 
 
-def exact_results(suite: Any, case: Any, tensors: list[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
-    """Output and gradients by the plain-torch backend in float64."""
-    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    function = suite.ours(case, "torch") if suite is attention else suite.ours("torch")
-    out = function(*wide)
-    return [out.detach(), *torch.autograd.grad(out, wide, grad.to(out.dtype))]
-
-
-def steps_of(function: Function, tensors: list[torch.Tensor], grad: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """The two things that are timed, as functions without arguments."""
-
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return function(*tensors)
-
-    def forward_backward() -> tuple[torch.Tensor, ...]:
-        out = function(*tensors)
-        return (out, *torch.autograd.grad(out, tensors, grad.to(out.dtype)))
-
-    return {"forward": forward, "forward+backward": forward_backward}
-
-
-def prepare(
-    suite: Any, case: Any, device: torch.device, dtype: torch.dtype, directions: list[str], compiled: bool
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Callable[[], Any]]]]:
-    """Warm, compared and measured candidates: (records by name, steps by direction and name)."""
-    *tensors, grad = case.inputs(device, dtype)
-    exact = exact_results(suite, case, tensors, grad)
-    records: dict[str, dict[str, Any]] = {}
-    ready: dict[str, dict[str, Callable[[], Any]]] = {direction: {} for direction in directions}
-    for name, make in suite.candidates(case, device, compiled).items():
-        record: dict[str, Any] = {"peak_bytes": {}, "error": {}}
-        records[name] = record
-        try:
-            steps = steps_of(make(), tensors, grad)
-            for direction in directions:
-                step = steps[direction]
-                warm_up(step, device)
-                if not name.startswith("sdpa-dense"):
-                    results = step()
-                    results = results if isinstance(results, tuple) else (results,)
-                    error = max(relative_error(result, right) for result, right in zip(results, exact, strict=False))
-                    record["error"][direction] = error
-                    if error > PARITY[dtype]:
-                        raise ArithmeticError(f"{direction} is off by {error:.1e}, allowed {PARITY[dtype]:.0e}")
-                    del results
-                record["peak_bytes"][direction] = peak_bytes(step, device)
-            for direction in directions:
-                ready[direction][name] = steps[direction]
-        except Exception as failure:  # a baseline that cannot run is a finding, not the end of the benchmark
-            record["problem"] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    return records, ready
-
-
-def run_case(suite: Any, case: Any, device: torch.device, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
-    """Everything about one case as JSON-ready numbers."""
+def run_case(
+    suite: Any,
+    case: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    ceilings: roofline.Ceilings | None = None,
+    excluded: list[str] | None = None,
+) -> dict[str, Any]:
+    """Everything about one case as JSON-ready numbers. `excluded` candidates are left out and named."""
     started = time.perf_counter()
-    directions = ["forward", "forward+backward"] if getattr(case, "backward", True) else ["forward"]
-    compiled = device.type == "cuda" and seconds > LEAST_SECONDS_TO_COMPILE
-    records, ready = prepare(suite, case, device, dtype, directions, compiled)
+    directions = [FORWARD, STEP] if getattr(case, "backward", True) else [FORWARD]
+    compiled = sum(seconds >= least for least in SECONDS_TO_COMPILE) if device.type == "cuda" else 0
+    candidates = suite.candidates(case, device, compiled)
+    for name in excluded or ():
+        candidates.pop(name, None)
+    deadline = started + 0.7 * seconds
+    records, ready = prepare(suite, case, candidates, device, dtype, directions, deadline)
+    records |= {name: {"problem": "it killed the CUDA context"} for name in excluded or ()}
     left = max(seconds - (time.perf_counter() - started), 1.0)
     for direction in directions:
-        for name, timing in race(ready[direction], device, min(left / len(directions), 3.0)).items():
+        result = race(ready[direction], device, min(left / len(directions), LONGEST_RACE[device.type]))
+        for name, timing in result.timings.items():
             records[name][direction] = asdict(timing)
+        for name, failure in result.failures.items():
+            records[name]["problem"] = f"{direction}: {failure}"
+        if getattr(case, "launch_bound", False):
+            survivors = {name: step for name, step in ready[direction].items() if name in result.timings}
+            for name, milliseconds in race_eagerly(survivors, device).items():
+                records[name][direction]["eager"] = milliseconds
     for record in records.values():
         flops = {"forward": case.forward_flops(), "backward": case.backward_flops()}
         record["useful_tflops"] = _tflops(record, flops)
+    if not context_is_alive(device):
+        raise ContextLost(case.name, None)
     torch.compiler.reset()  # the next case's shapes are new: no recompilation limit is to be met
+    element_size = dtype.itemsize
     return {
         "case": case.name,
         "shape": asdict(case),
-        "compiled_baselines": compiled,
+        "work": roofline.record(case.work(element_size), element_size) if hasattr(case, "work") else None,
+        "compiled_modes": [mode for mode, _ in zip(("default", maxsim.TUNED), range(compiled), strict=False)],
         "candidates": records,
-        "summary": {direction: _summary(suite, case, direction, records) for direction in directions},
+        "summary": {
+            direction: _summary(suite, case, direction, records, ceilings, element_size) for direction in directions
+        },
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
 def _tflops(record: dict[str, Any], flops: dict[str, int]) -> dict[str, float]:
-    forward, both = record.get("forward"), record.get("forward+backward")
+    """``backward`` is the difference of the medians of forward+backward and forward."""
+    forward, both = record.get(FORWARD), record.get(STEP)
     rates = {}
     if forward:
         rates["forward"] = flops["forward"] / forward["median"] / 1e9
@@ -126,25 +95,78 @@ def _tflops(record: dict[str, Any], flops: dict[str, int]) -> dict[str, float]:
     return rates
 
 
-def _summary(suite: Any, case: Any, direction: str, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Ours, plain torch and the best baseline in milliseconds, and how many times faster ours is."""
-    times = {name: record[direction]["median"] for name, record in records.items() if direction in record}
+def _figures(records: dict[str, dict[str, Any]], direction: str, figure: str) -> dict[str, float]:
+    found = {name: record[direction].get(figure) for name, record in records.items() if direction in record}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _summary(
+    suite: Any,
+    case: Any,
+    direction: str,
+    records: dict[str, dict[str, Any]],
+    ceilings: roofline.Ceilings | None,
+    element_size: int,
+) -> dict[str, Any]:
+    """Ours beside the best of the others: time, time with warm caches, eager time, memory; bars and roofline."""
+    times = _figures(records, direction, "median")
     rivals = {name: value for name, value in times.items() if suite.is_baseline(name)}
     best = min(rivals, key=lambda name: rivals[name]) if rivals else None
+    ours = times.get("jmlr")
     summary: dict[str, Any] = {
-        "jmlr_ms": times.get("jmlr"),
+        "jmlr_ms": ours,
         "torch_ms": times.get("torch"),
         "best_baseline": best,
         "best_baseline_ms": rivals[best] if best else None,
-        "ratio_to_best": rivals[best] / times["jmlr"] if best and "jmlr" in times else None,
+        "ratio_to_best": rivals[best] / ours if best and ours else None,
     }
+    for figure in ("warm", "eager"):
+        values = _figures(records, direction, figure)
+        others = {name: value for name, value in values.items() if suite.is_baseline(name)}
+        summary[f"jmlr_{figure}_ms"] = values.get("jmlr")
+        summary[f"best_{figure}"] = min(others, key=lambda name: others[name]) if others else None
+        summary[f"best_{figure}_ms"] = min(others.values(), default=None)
+    peaks = {name: records[name]["peak_bytes"].get(direction) for name in times}
+    least = {name: peak for name, peak in peaks.items() if peak is not None and suite.is_baseline(name)}
+    summary["jmlr_peak_bytes"] = peaks.get("jmlr")
+    summary["least_memory"] = min(least, key=lambda name: least[name]) if least else None
+    summary["least_peak_bytes"] = min(least.values(), default=None)
+    if hasattr(case, "memory_bar"):
+        summary["bar_bytes"] = case.memory_bar(direction, element_size)
+    if ceilings is not None and hasattr(case, "work"):
+        work = case.work(element_size)
+        summary["floor_ms"] = roofline.time_floor(work, ceilings, direction) * 1e3
+        summary["roofline_share"] = roofline.share(work, ours, ceilings, direction) if ours else None
     bar = getattr(case, "bar", None)
-    if bar is not None and direction == ("forward+backward" if case.backward else "forward"):
-        summary["bar_ms"] = bar
+    if bar is not None and direction == (STEP if case.backward else FORWARD):
+        summary |= {"bar_ms": bar, "least_ratio": case.least_ratio}
     bars = attention.H200_BARS.get(getattr(case, "group_size", 0)) if suite is attention else None
     if bars:
         summary["bar_tflops"] = dict(zip(("forward", "backward"), bars, strict=True))
     return summary
+
+
+def _weight(case: Any) -> float:
+    """Share of the time that is left: cases with a bar come first and get more."""
+    return 1.5 if getattr(case, "bar", None) is not None else 1.0
+
+
+def _new_report(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    environment = describe(options.commit)
+    published = roofline.published(environment["gpu"])
+    return {
+        "environment": environment,
+        "operation": options.operation,
+        "dtype": str(dtype).removeprefix("torch."),
+        "backends": jmlr_kernels.backend_info(),
+        "ceilings": {
+            "measured": asdict(roofline.measured(device)),
+            "published": asdict(published) if published else None,
+        },
+        "cases": [],
+        "left_out": [],
+        "killers": [],
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -153,38 +175,74 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("operation", choices=SUITES)
     parser.add_argument("--budget", type=float, default=150.0, help="seconds in all; later cases are left out")
     parser.add_argument("--out", type=Path, required=True, help="JSON file, rewritten after every case")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--dry-run", action="store_true", help="a tiny shape on the CPU, to run the code")
     parser.add_argument("--commit", help="the commit to name where there is no repository")
+    parser.add_argument("--resume", action="store_true", help="go on where --out ends")
     options = parser.parse_args(arguments)
 
     if not options.dry_run and not torch.cuda.is_available():
         print("benchmarks.run: no CUDA device was found; use --dry-run to run the code on the CPU", file=sys.stderr)
         return 2
+    started = time.perf_counter()
     device = torch.device("cpu" if options.dry_run else "cuda")
     dtype = torch.float32 if options.dry_run else torch.bfloat16
     suite = SUITES[options.operation]
-    cases = suite.DRY_CASES if options.dry_run else suite.GPU_CASES
-    report: dict[str, Any] = {
-        "environment": describe(options.commit),
-        "operation": options.operation,
-        "dtype": str(dtype).removeprefix("torch."),
-        "backends": jmlr_kernels.backend_info(),
-        "cases": [],
-        "left_out": [],
-    }
-    deadline = time.perf_counter() + options.budget
-    failed = False
+    cases = [case for case in (suite.DRY_CASES if options.dry_run else suite.GPU_CASES) if options.match in case.name]
+    report = json.loads(options.out.read_text()) if options.resume else _new_report(options, dtype, device)
+    ceilings = roofline.Ceilings(**report["ceilings"]["measured"])
+    done = {case["case"] for case in report["cases"]}
+    cases = [case for case in cases if case.name not in done]
+    deadline = started + options.budget
     for position, case in enumerate(cases):
         left = deadline - time.perf_counter()
         if left <= 2.0:
             report["left_out"].append(case.name)
         else:
-            result = run_case(suite, case, device, dtype, left / (len(cases) - position))
-            failed |= "problem" in result["candidates"]["jmlr"]
+            share = _weight(case) / sum(_weight(later) for later in cases[position:])
+            excluded = [candidate for name, candidate in report["killers"] if name == case.name and candidate]
+            try:
+                result = run_case(suite, case, device, dtype, left * share, ceilings, excluded)
+            except ContextLost as lost:
+                return _start_over(options, report, case, lost.candidate, deadline - time.perf_counter())
+            except Exception as error:  # the oracle ran out of memory, say: the other cases must still run
+                if not context_is_alive(device):
+                    return _start_over(options, report, case, None, deadline - time.perf_counter())
+                result = _failed_case(case, described(error))
             report["cases"].append(result)
             print(f"{options.operation} {case.name}: {result['seconds']} s", flush=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if failed else 0
+    failed = any("problem" in case["candidates"]["jmlr"] for case in report["cases"])
+    return 1 if failed or any(candidate == "jmlr" for _, candidate in report["killers"]) else 0
+
+
+def _failed_case(case: Any, problem: str) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        "shape": asdict(case),
+        "work": None,
+        "compiled_modes": [],
+        "candidates": {"jmlr": {"problem": problem, "peak_bytes": {}, "error": {}, "useful_tflops": {}}},
+        "summary": {},
+        "seconds": 0.0,
+    }
+
+
+def _start_over(
+    options: argparse.Namespace, report: dict[str, Any], case: Any, candidate: str | None, left: float
+) -> int:
+    """Replace this process, whose CUDA context is gone, by one that goes on without whoever killed it."""
+    report["killers"].append([case.name, candidate])
+    if candidate is None or [case.name, candidate] in report["killers"][:-1]:
+        # Nobody to leave out, or leaving them out did not help: without the case, then.
+        report["cases"].append(_failed_case(case, "the CUDA context was lost while it was timed"))
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{case.name}: {candidate or 'somebody'} killed the CUDA context; starting over behind it", flush=True)
+    command = [sys.executable, "-m", "benchmarks.run", options.operation, "--out", str(options.out), "--resume"]
+    command += ["--budget", f"{max(left - 10.0, 0.0):.0f}", "--match", options.match]
+    command += ["--commit", options.commit] if options.commit else []
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """`make gpu`: everything that needs a GPU, in one command of under nine minutes, without a network.
 
-Four phases, each a process of its own with its own time limit, so that a kernel that kills the CUDA context ends its
-phase and not the others: the GPU tests, the timings of both operations, and a few steps of joint training. Results go
-to ``benchmarks/results/<gpu>/`` (``--out`` overrides): one JSON file for each operation, ``summary.json``, and
-``log.txt`` with all that the phases printed. The last thing printed is a short table. Exit code 1 when a phase fails.
+Five phases, each a process of its own with its own time limit, so that a kernel that kills the CUDA context ends its
+phase and not the others: the GPU tests, the timings of both operations (before MaxSim's, what its peers need compiled
+is compiled in parallel), and a few steps of joint training. ``tune``, which searches tile sizes, and ``profile`` run
+only when they are asked for. Results go to ``benchmarks/results/<gpu>/`` (``--out`` overrides): one JSON file for each
+operation, ``summary.json``, and ``log.txt`` with all that the phases printed. The last thing printed is a short table.
+Exit code 1 when a phase fails.
 
-    python -m tools.gpu_check [--out DIR] [--phases tests,attention] [--commit HASH] [--dry-run]
+    python -m tools.gpu_check [--out DIR] [--phases tests,attention] [--seconds maxsim=400] [--commit HASH] [--dry-run]
 
 ``--dry-run`` walks the same path on the CPU with tiny shapes and trains nothing.
 """
@@ -32,7 +34,8 @@ from benchmarks.peers import unpack_wheels
 from tools.gpu_table import operation_table, phase_table
 
 TOTAL_SECONDS = 525.0
-PHASE_SECONDS = {"tests": 140.0, "attention": 155.0, "maxsim": 150.0, "training": 75.0}
+PHASE_SECONDS = {"tests": 120.0, "attention": 105.0, "warm": 55.0, "maxsim": 175.0, "training": 65.0}
+ON_REQUEST_SECONDS = {"tune": 300.0, "profile": 120.0}
 
 
 @dataclass
@@ -165,6 +168,30 @@ def operation(name: str) -> Callable[[Context, float], Phase]:
     return phase
 
 
+def warm(context: Context, limit: float) -> Phase:
+    """Compile in parallel what the MaxSim timings would else compile one after the other."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.warm", "maxsim", "--budget", f"{limit - 10:.0f}"]
+    code, output = context.run(command + ["--dry-run"] * context.dry_run, limit)
+    return _verdict("warm", code, time.monotonic() - started, limit, _last_line(output))
+
+
+def tool(name: str) -> Callable[[Context, float], Phase]:
+    """A phase that runs `tools.<name>` and keeps what it wrote as `<name>.json`."""
+
+    def phase(context: Context, limit: float) -> Phase:
+        started = time.monotonic()
+        command = [sys.executable, "-m", f"tools.{name}", "--out", str(context.out / f"{name}.json")]
+        command += ["--budget", f"{limit - 15:.0f}", *["--dry-run"] * context.dry_run]
+        command += ["--commit", context.commit] if context.commit else []
+        code, output = context.run(command, limit)
+        if code == 2:  # what it needs is not here
+            return Phase(name, "skipped", time.monotonic() - started, _last_line(output))
+        return _verdict(name, code, time.monotonic() - started, limit, _last_line(output))
+
+    return phase
+
+
 def train_steps(context: Context, limit: float, steps: int = 20, device: str = "cuda") -> Phase:
     """A few steps of the quick-start recipe on the GPU, from reading the corpus to the report."""
     started = time.monotonic()
@@ -184,14 +211,21 @@ def train_steps(context: Context, limit: float, steps: int = 20, device: str = "
 PHASES: dict[str, Callable[[Context, float], Phase]] = {
     "tests": tests,
     "attention": operation("attention"),
+    "warm": warm,
     "maxsim": operation("maxsim"),
     "training": train_steps,
+    "tune": tool("tune"),
+    "profile": tool("profile"),
 }
 
 
-def _environment(wheels: Path) -> dict[str, str]:
-    """The phases' environment: the working tree and the unpacked wheels come first on the module path."""
+def _environment(wheels: Path, caches: Path) -> dict[str, str]:
+    """The phases' environment: the working tree and the unpacked wheels come first on the module path.
+
+    Compiled kernels lie in `caches`, which all phases share and nobody else does.
+    """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(wheels)])}
+    environment |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
     if os.environ.get("PYTHONPATH"):
         environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
     return environment
@@ -201,7 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the phases, write summary.json, print the table. 0: all passed or skipped; 1: one failed; 2: no GPU."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results/<gpu>)")
-    parser.add_argument("--phases", default=",".join(PHASES), help="comma-separated; default: all")
+    parser.add_argument("--phases", default=",".join(PHASE_SECONDS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--seconds", action="append", default=[], metavar="PHASE=N", help="another limit for a phase")
     parser.add_argument("--commit", help="the commit to name where there is no repository")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, nothing trained")
     options = parser.parse_args(arguments)
@@ -209,6 +244,11 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in chosen if name not in PHASES]
     if unknown:
         print(f"tools.gpu_check: no phase {unknown[0]!r}; choose from {', '.join(PHASES)}", file=sys.stderr)
+        return 2
+    try:
+        seconds = {**PHASE_SECONDS, **ON_REQUEST_SECONDS, **_limits(options.seconds)}
+    except ValueError as error:
+        print(f"tools.gpu_check: {error}", file=sys.stderr)
         return 2
 
     machine = describe(options.commit)
@@ -230,10 +270,12 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.append(str(wheels))  # so that this process sees what the phases will see
         if carried:
             print(f"carried wheels: {', '.join(carried)}", flush=True)
-        context = Context(out, Path(scratch), log, _environment(wheels), options.dry_run, options.commit)
+        context = Context(
+            out, Path(scratch), log, _environment(wheels, ROOT / "runs" / "cache"), options.dry_run, options.commit
+        )
         for name in chosen:
             left = TOTAL_SECONDS - (time.monotonic() - started)
-            limit = min(PHASE_SECONDS[name], left)
+            limit = min(seconds[name], left)
             if limit < 20:
                 phase = Phase(name, "failed", 0.0, "no time was left for it")
             else:
@@ -248,6 +290,17 @@ def main(arguments: list[str] | None = None) -> int:
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     _print_tables(machine, out, [asdict(phase) for phase in phases])
     return 1 if any(phase.outcome == "failed" for phase in phases) else 0
+
+
+def _limits(given: list[str]) -> dict[str, float]:
+    """{"maxsim": 400.0} out of ["maxsim=400"]; ValueError with one sentence for anything else."""
+    limits = {}
+    for item in given:
+        name, _, number = item.partition("=")
+        if name not in PHASES or not number.isdigit():
+            raise ValueError(f"--seconds takes PHASE=N with one of {', '.join(PHASES)}, as maxsim=400, not {item!r}")
+        limits[name] = float(number)
+    return limits
 
 
 def _print_tables(machine: dict[str, Any], out: Path, phases: list[dict[str, Any]]) -> None:

@@ -4,6 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+HEADINGS = {
+    "attention": [
+        "case",
+        "direction",
+        "jmlr ms",
+        "torch ms",
+        "best other ms",
+        "ratio",
+        "TFLOP/s",
+        "peak MiB",
+        "best other",
+    ],
+    "maxsim": [
+        "case",
+        "step",
+        "jmlr ms",
+        "best other",
+        "ratio",
+        "roof %",
+        "warm",
+        "other",
+        "eager",
+        "other",
+        "MiB",
+        "least other",
+        "best other",
+    ],
+}
+SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+
 
 def align(rows: list[list[str]]) -> str:
     """Rows as text in columns: the first column left, the others right."""
@@ -19,9 +49,12 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _mebibytes(record: dict[str, Any], direction: str) -> str:
-    peak = record["peak_bytes"].get(direction)
-    return "-" if peak is None else f"{peak / 2**20:.0f}"
+def _mebibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.{0 if count >= 100 * 2**20 else 1}f}"
+
+
+def _with_bar(text: str, bar: str | None) -> str:
+    return f"{text} ({bar})" if bar and text != "-" else text
 
 
 def _tflops(record: dict[str, Any], summary: dict[str, Any], direction: str) -> str:
@@ -32,34 +65,88 @@ def _tflops(record: dict[str, Any], summary: dict[str, Any], direction: str) -> 
     return _number(rate, 0) + (f" ({bar:.0f})" if bar and rate else "")
 
 
+def _attention_row(case: dict[str, Any], direction: str, summary: dict[str, Any]) -> list[str]:
+    ours = case["candidates"]["jmlr"]
+    return [
+        case["case"],
+        direction,
+        _number(summary["jmlr_ms"]),
+        _number(summary["torch_ms"]),
+        _number(summary["best_baseline_ms"]),
+        _number(summary["ratio_to_best"], 2),
+        _tflops(ours, summary, direction),
+        _mebibytes(summary["jmlr_peak_bytes"]),
+        summary["best_baseline"] or "-",
+    ]
+
+
+def _maxsim_row(case: dict[str, Any], direction: str, summary: dict[str, Any]) -> list[str]:
+    bar, least_ratio, share = summary.get("bar_ms"), summary.get("least_ratio"), summary.get("roofline_share")
+    bar_bytes = summary.get("bar_bytes")
+    return [
+        case["case"],
+        SHORT[direction],
+        _with_bar(_number(summary["jmlr_ms"]), f"{bar:g}" if bar else None),
+        _number(summary["best_baseline_ms"]),
+        _with_bar(_number(summary["ratio_to_best"], 2), f"{least_ratio:g}" if least_ratio else None),
+        _number(None if share is None else 100 * share, 0),
+        _number(summary["jmlr_warm_ms"]),
+        _number(summary["best_warm_ms"]),
+        _number(summary["jmlr_eager_ms"]),
+        _number(summary["best_eager_ms"]),
+        _with_bar(_mebibytes(summary["jmlr_peak_bytes"]), None if bar_bytes is None else _mebibytes(bar_bytes)),
+        _mebibytes(summary["least_peak_bytes"]),
+        summary["best_baseline"] or "-",
+    ]
+
+
 def operation_table(report: dict[str, Any]) -> str:
-    """One row for each case and direction of one operation; bars in brackets, problems below."""
-    rows = [["case", "direction", "jmlr ms", "torch ms", "best other ms", "ratio", "TFLOP/s", "peak MiB", "best other"]]
-    problems = []
-    for case in report["cases"]:
-        ours = case["candidates"]["jmlr"]
-        for direction, summary in case["summary"].items():
-            bar = summary.get("bar_ms")
-            rows.append(
-                [
-                    case["case"],
-                    direction,
-                    _number(summary["jmlr_ms"]) + (f" ({bar:g})" if bar else ""),
-                    _number(summary["torch_ms"]),
-                    _number(summary["best_baseline_ms"]),
-                    _number(summary["ratio_to_best"], 2),
-                    _tflops(ours, summary, direction),
-                    _mebibytes(ours, direction),
-                    summary["best_baseline"] or "-",
-                ]
-            )
-        for name, record in case["candidates"].items():
-            if "problem" in record:
-                problems.append(f"  {case['case']}: {name} is not timed: {record['problem'][:160]}")
+    """One row for each case and direction of one operation; bars in brackets, what was not timed below."""
+    row = _maxsim_row if report["operation"] == "maxsim" else _attention_row
+    rows = [HEADINGS[report["operation"]]]
+    rows += [
+        row(case, direction, summary) for case in report["cases"] for direction, summary in case["summary"].items()
+    ]
     text = f"{report['operation']}, {report['dtype']}, medians (bars in brackets)\n{align(rows)}"
+    return "\n".join([text, *_ceilings(report), *_compiled(report), *_problems(report)])
+
+
+def _ceilings(report: dict[str, Any]) -> list[str]:
+    if report["operation"] != "maxsim":
+        return []
+    lines = []
+    for kind, ceilings in report["ceilings"].items():
+        if ceilings:
+            rates = f"{ceilings['flops'] / 1e12:.0f} TFLOP/s, {ceilings['bandwidth'] / 1e12:.2f} TB/s"
+            lines.append(f"  ceilings {kind}: {rates} ({ceilings['source']})")
+    return lines
+
+
+def _compiled(report: dict[str, Any]) -> list[str]:
+    """How many cases met torch.compile in which mode."""
+    modes = [mode for case in report["cases"] for mode in case["compiled_modes"]]
+    counts = ", ".join(f"{mode} in {modes.count(mode)}" for mode in dict.fromkeys(modes))
+    return [f"  torch.compile of {len(report['cases'])} cases: {counts or 'none'}"] if report["cases"] else []
+
+
+def _problems(report: dict[str, Any]) -> list[str]:
+    """Ours in full, a line for each kind of problem of the others."""
+    ours: list[str] = []
+    others: dict[tuple[str, str], list[str]] = {}
+    for case in report["cases"]:
+        for name, record in case["candidates"].items():
+            if "problem" not in record:
+                continue
+            if name == "jmlr":
+                ours.append(f"  {case['case']}: jmlr is not timed: {record['problem'][:160]}")
+            else:
+                others.setdefault((name, record["problem"][:60]), []).append(case["case"])
+    lines = ours + [
+        f"  {name} is not timed in {len(cases)} ({cases[0]}...): {problem}" for (name, problem), cases in others.items()
+    ]
     if report["left_out"]:
-        problems.append(f"  no time left for: {'; '.join(report['left_out'])}")
-    return "\n".join([text, *dict.fromkeys(problems)])
+        lines.append(f"  no time left for: {'; '.join(report['left_out'])}")
+    return lines
 
 
 def phase_table(phases: list[dict[str, Any]]) -> str:

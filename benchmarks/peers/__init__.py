@@ -9,29 +9,29 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import zipfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.candidate import Candidate
+
+if TYPE_CHECKING:
+    from benchmarks.maxsim_cases import MaxSimCase
+
 _MAXSIM = {
-    "late-interaction-kernels": ("late_interaction_kernels", "benchmarks.peers.late_interaction"),
-    "flash-maxsim": ("flash_maxsim", "benchmarks.peers.flash_maxsim"),
+    "late_interaction_kernels": "benchmarks.peers.late_interaction",
+    "flash_maxsim": "benchmarks.peers.flash_maxsim",
 }
 
 
-def maxsim() -> dict[str, Callable[[], Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]]:
-    """Peers of `maxsim` that are installed: name -> a maker of a function (queries, documents) -> scores."""
-
-    def load(adapter: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        return importlib.import_module(adapter).load()
-
-    return {
-        name: partial(load, adapter)
-        for name, (module, adapter) in _MAXSIM.items()
-        if importlib.util.find_spec(module) is not None
-    }
+def maxsim(case: MaxSimCase, device: torch.device) -> dict[str, Candidate]:
+    """What the installed peers offer for a case: name -> candidate."""
+    found: dict[str, Candidate] = {}
+    for module, adapter in _MAXSIM.items():
+        if importlib.util.find_spec(module) is not None:
+            found |= importlib.import_module(adapter).candidates(case, device)
+    return found
 
 
 def unpack_wheels(folder: Path, target: Path) -> list[str]:

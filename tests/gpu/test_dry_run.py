@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 
 from benchmarks.attention import AttentionCase
 from benchmarks.maxsim import MaxSimCase
-from benchmarks.timing import FEWEST_ROUNDS, race
 from tools import gpu_check, gpu_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,20 +30,26 @@ def test_both_operations_are_timed_and_reported(tmp_path: Path) -> None:
     for operation in ("attention", "maxsim"):
         report = json.loads((tmp_path / f"{operation}.json").read_text())
         assert report["environment"]["commit"] == "abc" and report["environment"]["torch"]
-        (case,) = report["cases"]
-        for direction in ("forward", "forward+backward"):
-            ours = case["candidates"]["jmlr"][direction]
-            assert 0 < ours["first_quartile"] <= ours["median"] <= ours["third_quartile"]
-            assert case["summary"][direction]["ratio_to_best"] > 0
-        assert not [record["problem"] for record in case["candidates"].values() if "problem" in record]
-        assert case["case"] in run.stdout
+        assert len(report["cases"]) == (1 if operation == "attention" else 4)
+        for case in report["cases"]:
+            for direction in case["summary"]:
+                ours = case["candidates"]["jmlr"][direction]
+                assert 0 < ours["first_quartile"] <= ours["median"] <= ours["third_quartile"]
+                assert case["summary"][direction]["ratio_to_best"] > 0
+                if operation == "maxsim":
+                    assert case["summary"][direction]["roofline_share"] > 0
+            assert not [record["problem"] for record in case["candidates"].values() if "problem" in record]
+            assert case["case"] in run.stdout
     assert run.stdout.strip().splitlines()[-1].startswith("training")  # the short table comes last
 
 
 def test_a_wrong_candidate_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import maxsim, run
 
-    monkeypatch.setattr(maxsim, "ours", lambda backend="auto": _wrong if backend == "auto" else _right)
+    monkeypatch.setattr(
+        maxsim, "ours", lambda case, backend="auto", device=None: _wrong if backend == "auto" else _right
+    )
+    monkeypatch.setattr(maxsim, "DRY_CASES", maxsim.DRY_CASES[:1])
     code = run.main(["maxsim", "--dry-run", "--out", str(tmp_path / "maxsim.json")])
     (case,) = json.loads((tmp_path / "maxsim.json").read_text())["cases"]
     assert code == 1 and "is off by" in case["candidates"]["jmlr"]["problem"]
@@ -52,7 +58,7 @@ def test_a_wrong_candidate_is_not_timed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def _right(queries, documents):  # type: ignore[no-untyped-def]
-    from benchmarks.maxsim import einsum
+    from benchmarks.baselines import einsum
 
     return einsum(queries, documents).to(queries.dtype)
 
@@ -85,13 +91,48 @@ def test_a_failing_phase_leaves_the_others_running(
     assert outcomes == {"broken": "failed", "endless": "failed", "sound": "passed"}
 
 
-def test_requests_that_make_no_sense() -> None:
+def test_requests_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     run = _check("--phases", "sing")
     assert run.returncode == 2 and "choose from" in run.stderr and "Traceback" not in run.stderr
+    for limit in ("sing=3", "maxsim", "maxsim=soon"):
+        assert gpu_check.main(["--dry-run", "--seconds", limit]) == 2
+        assert "PHASE=N" in capsys.readouterr().err
+
+
+def test_limits_of_phases_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def phase(context: gpu_check.Context, limit: float) -> gpu_check.Phase:
+        given.append(limit)
+        return gpu_check.Phase("maxsim", "passed", 0.0, "nothing to do")
+
+    monkeypatch.setattr(gpu_check, "PHASES", {"maxsim": phase})
+    code = gpu_check.main(["--dry-run", "--phases", "maxsim", "--seconds", "maxsim=321", "--out", str(tmp_path)])
+    assert code == 0 and given == [321.0]
+
+
+def test_what_a_tool_needs_and_lacks_is_no_failure(tmp_path: Path) -> None:
+    """The real `tools.profile` and `tools.tune`, which find no GPU."""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
+    with (tmp_path / "log.txt").open("w") as log:
+        context = gpu_check.Context(tmp_path, tmp_path, log, environment, False, None)
+        for name in ("profile", "tune"):
+            phase = gpu_check.PHASES[name](context, 100.0)
+            assert phase.outcome == "skipped" and "no CUDA device" in phase.detail, phase
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_ahead(tmp_path: Path) -> None:
+    run = _check("--dry-run", "--phases", "warm", "--out", str(tmp_path))
+    assert run.returncode == 0 and "1 of 1 compiled ahead, 0 failed" in run.stdout, run.stdout + run.stderr
 
 
 def test_phases_fit_into_nine_minutes() -> None:
     assert sum(gpu_check.PHASE_SECONDS.values()) <= gpu_check.TOTAL_SECONDS <= 9 * 60 - 10
+    asked_for = gpu_check.ON_REQUEST_SECONDS
+    assert {*gpu_check.PHASE_SECONDS, *asked_for} == set(gpu_check.PHASES) and not {*asked_for} & {
+        *gpu_check.PHASE_SECONDS
+    }
 
 
 def test_work_is_counted_exactly() -> None:
@@ -104,13 +145,3 @@ def test_work_is_counted_exactly() -> None:
     assert case.pairs() == 3 * ((3 + 3) + (1 + 3 + 1))
     assert case.forward_flops() == 4 * 8 * case.pairs() and case.backward_flops() == 10 * 8 * case.pairs()
     assert MaxSimCase(2, 3, 5, 7, backward=True, dim=4).forward_flops() == 2 * 4 * (2 * 5) * (3 * 7)
-
-
-def test_candidates_are_interleaved() -> None:
-    import torch
-
-    order: list[str] = []
-    steps = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    timings = race(steps, torch.device("cpu"), seconds=0.0)
-    assert [timing.rounds for timing in timings.values()] == [FEWEST_ROUNDS - 1] * 3
-    assert order[:9] == list("abcbcacab")
