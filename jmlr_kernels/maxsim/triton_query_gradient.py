@@ -235,7 +235,9 @@ def maxsim_tangent_kernel(
     for offset in range(0, DIMENSION, BLOCK_DIMENSION):
         change = _load_rows(gradient + token * DIMENSION, valid, offset, DIMENSION, BLOCK_DIMENSION)
         unit = _load_rows(rows, valid, offset, DIMENSION, BLOCK_DIMENSION).to(tl.float32) * scale[:, None]
-        change = tl.where((change == 0.0) & (dot == 0.0)[:, None], 0.0, change - unit * dot[:, None]) * scale[:, None]
+        # A token that won nothing keeps its zero whatever it holds; its norm may never have been computed.
+        still = (change == 0.0) & (dot == 0.0)[:, None]
+        change = tl.where(still, 0.0, (change - unit * dot[:, None]) * scale[:, None])
         dimensions = offset + tl.arange(0, BLOCK_DIMENSION)
         inside = valid[:, None] & (dimensions < DIMENSION)[None, :]
         place = out + token[:, None] * DIMENSION + dimensions[None, :]

@@ -66,7 +66,11 @@ class Case:
     def plain(self, winners: Tensor) -> dict[str, Tensor]:
         """Plain PyTorch in the inputs' own dtype with given winners: the error that the precision itself brings."""
         queries, documents, weights = self.leaves()
-        flat = documents.reshape(-1, documents.shape[-1])
+        units = queries, documents
+        if self.options.get("normalize"):
+            wide = torch.promote_types(queries.dtype, torch.float32)  # float16 cannot hold the floor of the norm
+            units = tuple(torch.nn.functional.normalize(side.to(wide), dim=-1).to(side.dtype) for side in units)
+        flat = units[1].reshape(-1, documents.shape[-1])
         count = winners.shape[1]
         offsets = self.options.get("cu_seqlens")
         if offsets is None:
@@ -75,7 +79,7 @@ class Case:
             starts = offsets[:-1].long().cpu()
         starts = starts.view(-1, count) if self.candidates else starts.expand(winners.shape[0], -1)
         tokens = (starts[:, :, None] + winners.clamp_min(0)).to(flat.device)
-        best = torch.einsum("isd,ijsd->ijs", queries, flat[tokens]).masked_fill((winners < 0).to(flat.device), 0)
+        best = torch.einsum("isd,ijsd->ijs", units[0], flat[tokens]).masked_fill((winners < 0).to(flat.device), 0)
         if weights is not None:
             best = best * weights[:, None, :].to(best.dtype)
         return self._with_gradients(best.sum(-1), winners, queries, documents, weights)
@@ -106,13 +110,14 @@ def make_case(
     packed: bool = False,
     masked: bool = False,
     weighted: bool = False,
+    normalize: bool = False,
     seed: int = 0,
 ) -> Case:
     """A float64 case; with `masked`, both masks have holes and one document is empty; packed lengths vary from 0 up."""
     draw = torch.Generator().manual_seed(seed)
     total = documents * (query_count if candidates else 1)
     queries = torch.randn(query_count, query_length, dimension, generator=draw, dtype=torch.float64)
-    options: dict[str, Tensor | None | bool] = {}
+    options: dict[str, Tensor | None | bool] = {"normalize": True} if normalize else {}
     if packed:
         lengths = torch.randint(0, document_length + 1, (total,), generator=draw)
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from maxsim_cases import make_case
+from maxsim_cases import Case, make_case
 from oracles import assert_as_exact_as_torch
 
+from jmlr_kernels import maxsim, maxsim_candidates, maxsim_tokens
 from jmlr_kernels.maxsim import config
+from jmlr_kernels.maxsim.layout import winner_code
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -25,7 +27,10 @@ SHAPES = {
 
 
 def check(dtype: torch.dtype, **sizes: object) -> None:
-    case = make_case(**sizes).to(dtype)
+    check_case(make_case(**sizes).to(dtype), dtype)
+
+
+def check_case(case: Case, dtype: torch.dtype) -> None:
     exact = case.exact()
     found = case.to(dtype, DEVICE).run("triton")
     plain = case.plain(exact["winners"])
@@ -45,6 +50,92 @@ def test_paths(shape: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("candidates", "packed"), [(False, False), (False, True), (True, False), (True, True)])
 def test_layouts(candidates: bool, packed: bool, masked: bool) -> None:
     check(torch.float16, candidates=candidates, packed=packed, masked=masked, weighted=masked, documents=3, seed=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("candidates", [False, True])
+@pytest.mark.parametrize("shape", ["shared_tile", "long_query", "padded_dimension", "chunked_dimension"])
+def test_normalisation_and_its_jacobian(shape: str, candidates: bool, dtype: torch.dtype) -> None:
+    """Norms computed on the way and in a pass before; the Jacobian within a tile and after walking the dimension."""
+    check(dtype, normalize=True, masked=True, weighted=True, candidates=candidates, **SHAPES[shape])
+    check(dtype, normalize=True, packed=True, candidates=candidates, query_count=2, document_length=30)
+
+
+def test_float16_vectors_of_any_length_are_normalised() -> None:
+    """Norms whose squares overflow or vanish in float16, and a zero vector."""
+    case = make_case(dimension=32, normalize=True)
+    sizes = torch.logspace(-3, 3, case.documents.shape[1], dtype=torch.float64)
+    case.documents *= sizes[:, None]
+    case.documents[1, 2] = 0
+    check_case(case.to(torch.float16), torch.float16)
+
+
+@pytest.mark.parametrize("length", [255, 256, 257])
+@pytest.mark.parametrize("masked", [False, True])
+def test_winners_fit_their_integer(length: int, masked: bool) -> None:
+    """At 256 tokens every byte is a position, and who has no winner follows from the masks."""
+    case = make_case(query_count=2, documents=3, query_length=3, document_length=length, dimension=16, masked=masked)
+    case.documents[0, -1] *= 50  # the last position wins, or is farthest from winning
+    check_case(case.to(torch.float32), torch.float32)
+    _, documents, _ = case.leaves()
+    assert winner_code(documents, None, 0).dtype == (torch.uint16 if length > 256 else torch.uint8)
+
+
+@pytest.mark.parametrize("candidates", [False, True])
+def test_maxima_of_query_tokens(candidates: bool) -> None:
+    """maxsim_tokens, forward and gradient; entries without a gradient send none, whatever their tokens hold."""
+    case = make_case(masked=True, candidates=candidates, dimension=32).to(torch.float32)
+    results = []
+    for backend, device in (("torch", "cpu"), ("triton", DEVICE)):
+        moved = case.to(torch.float32, device)
+        queries, documents, _ = moved.leaves()
+        with torch.no_grad():
+            queries[0, 1] = float("inf")
+        maxima = maxsim_tokens(queries, documents, candidates=candidates, backend=backend, **moved.options)
+        grad = torch.linspace(-1, 1, maxima.numel(), device=device).view_as(maxima).clone()
+        grad[0, :, 1] = 0
+        maxima.backward(grad)
+        results.append([value.detach().cpu() for value in (maxima[:, :, 2:], queries.grad, documents.grad)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert expected.isfinite().all()
+        torch.testing.assert_close(found, expected)
+    scores = (maxsim_candidates if candidates else maxsim)(case.queries, case.documents, **case.options)
+    torch.testing.assert_close(
+        maxsim_tokens(case.queries, case.documents, candidates=candidates, **case.options).sum(-1), scores
+    )
+
+
+def test_documents_split_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One query and many documents: d(queries) is summed in parts."""
+    monkeypatch.setattr(config, "document_splits", lambda *_: 3)
+    for normalize in (False, True):
+        check(torch.float32, query_count=1, documents=21, query_length=5, document_length=6, dimension=32,
+              weighted=True, normalize=normalize)  # fmt: skip
+    check(torch.float32, query_count=1, documents=21, query_length=5, document_length=6, dimension=300,
+          weighted=True, normalize=True)  # fmt: skip
+
+
+def test_winners_of_several_scans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More query rows than a scan holds, more hits than a product takes, and programs with several tasks."""
+    monkeypatch.setattr(config, "scan_length", lambda *_: 128)
+    monkeypatch.setattr(config, "gradient_programs", lambda *_: 2)
+    check(torch.float32, query_count=30, query_length=12, documents=3, document_length=70, dimension=16, masked=True)
+    check(torch.float16, query_count=30, query_length=12, documents=2, document_length=3, dimension=16)
+
+
+def test_longer_documents_than_promised() -> None:
+    """A packed document longer than max_seqlen: an error where the offsets can be looked at, NaN where they cannot."""
+    queries, documents = torch.randn(2, 3, 16), torch.randn(30, 16)
+    offsets = torch.tensor([0, 20, 30], dtype=torch.int32)
+    with pytest.raises(ValueError, match="max_seqlen=12"):
+        maxsim(queries, documents, cu_seqlens=offsets, max_seqlen=12)
+    arguments = (queries, documents, None, None, None, offsets, False, False, False, True, 12, "triton")
+    scores, winners, *_ = torch.ops.jmlr_kernels.maxsim_forward(*(
+        value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in arguments
+    ))  # fmt: skip
+    assert scores[:, 0].isnan().all() and scores[:, 1].isfinite().all() and winners.dtype == torch.uint8
+    with pytest.raises(ValueError, match="max_seqlen is for packed"):
+        maxsim(queries, documents[None], max_seqlen=30)
 
 
 def test_documents_per_program_covers_the_last_run(monkeypatch: pytest.MonkeyPatch) -> None:
