@@ -99,6 +99,23 @@ _TABLE = (
             "torch": f"{_MAXSIM}.torch_compressed:residual_forward",
         },
     ),
+    _Operation(
+        "maxsim_smooth_forward",
+        "(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask, Tensor? query_weights,"
+        " Tensor? cu_seqlens, bool candidates, float temperature, bool need_maxima, str backend) -> (Tensor, Tensor)",
+        fake=f"{_MAXSIM}.smooth:fake_forward",
+        flops=f"{_MAXSIM}.flops_smooth:forward_flops",
+        backends={"triton": f"{_MAXSIM}.triton_smooth_forward:forward", "torch": f"{_MAXSIM}.torch_smooth:forward"},
+    ),
+    _Operation(
+        "maxsim_smooth_backward",
+        "(Tensor grad_scores, Tensor queries, Tensor documents, Tensor maxima, Tensor? document_mask,"
+        " Tensor? query_weights, Tensor? cu_seqlens, bool candidates, float temperature, str backend)"
+        " -> (Tensor, Tensor, Tensor)",
+        fake=f"{_MAXSIM}.smooth:fake_backward",
+        flops=f"{_MAXSIM}.flops_smooth:backward_flops",
+        backends={"triton": f"{_MAXSIM}.triton_smooth_backward:backward", "torch": f"{_MAXSIM}.torch_smooth:backward"},
+    ),
 )
 
 

@@ -33,7 +33,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("jmlr_kernels.shifted_attention.aot", "jmlr_kernels.maxsim.aot", "jmlr_kernels.maxsim.aot_quantized")
+MODULES = (
+    "jmlr_kernels.shifted_attention.aot",
+    "jmlr_kernels.maxsim.aot",
+    "jmlr_kernels.maxsim.aot_quantized",
+    "jmlr_kernels.maxsim.aot_smooth",
+)
 CAPABILITIES = (80, 90, 100)
 
 # The most shared memory of one block, by CUDA's programming guide (table of compute capabilities).
