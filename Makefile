@@ -25,7 +25,7 @@ RECIPES_WITH_WEIGHTS := smollm2
 # Libraries whose MaxSim scores the compatibility modes reproduce, and what importing their scoring modules needs besides
 # what is already there. Their pins clash with each other's and with ours, and some want torchvision or datasets: hence
 # --no-deps. The versions are in constraints.txt; tests/kernels/peer_libraries.py fails on any other.
-PEERS := sentence-transformers pylate colpali-engine colbert-ai
+PEERS := sentence-transformers pylate colpali-engine colbert-ai late-interaction-kernels flash-maxsim
 PEERS_NEED := cloudpickle GitPython gitdb joblib narwhals ninja scikit-learn scipy smmap threadpoolctl ujson
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -66,6 +66,7 @@ VARIANTS: dict[str, Variant] = {
     "candidates_teacher": Variant(_MASKS | {"winners"}, candidates=True, rule="teacher"),
     "candidates_margins": Variant(_MASKS | {"winners"}, candidates=True, rule="margins"),
 }
+_EVERY_DTYPE = ("everything", "bare", "packed_everything", "candidates_packed_everything")
 _RULE_POINTERS = ("scores", "row_statistics", "temperatures", "target", "target_row")
 _RULE_USES = dict(
     zip(RULES, ((), (), _RULE_POINTERS[:4], _RULE_POINTERS, ("scores", "row_statistics", "target")), strict=True)
@@ -86,10 +87,12 @@ def configurations(capability: int) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for label, variant in VARIANTS.items():
+        # The all-dense variant visits every dtype, dimension, row tile and candidate; the others differ in a few loads.
+        thorough = label == "everything"
         for name, dtype in DTYPES.items():
-            # The all-dense variant visits every dimension, row tile and candidate; the others differ in a few loads.
-            thorough = label == "everything"
-            for dimension in DIMENSIONS if thorough or label == "normalize_compute" else (128,):
+            if name != "bf16" and label not in _EVERY_DTYPE:
+                continue
+            for dimension in DIMENSIONS if thorough else (128, 300) if "normalize" in label else (128,):
                 full = f"{label}-{name}-d{dimension}"
                 found += _forward(capability, full, dtype, name, dimension, variant, thorough)
                 if "winners" in variant.present and variant.normalize != "load":
@@ -240,10 +243,8 @@ def _helpers(capability: int, label: str, dtype: torch.dtype, name: str, dimensi
 
 
 def _tile_name(tiles: Any) -> str:
-    values = [
-        getattr(tiles, field) for field in ("rows", "lanes", "tokens", "warps", "stages") if hasattr(tiles, field)
-    ]
-    return "x".join(map(str, values))
+    fields = ("rows", "lanes", "tokens", "warps", "stages", "registers")
+    return "x".join(str(getattr(tiles, field)) for field in fields if hasattr(tiles, field))
 
 
 def _configuration(

@@ -40,6 +40,7 @@ _VARIANTS: dict[str, tuple[frozenset[str], bool]] = {
     "candidates_everything": (frozenset(_OPTIONAL) - {"cu_seqlens"}, True),
     "candidates_packed_everything": (frozenset(_OPTIONAL), True),
 }
+_EVERY_DTYPE = ("everything", "bare", "candidates_packed_everything")
 _POINTERS = {
     "query_mask": "*u8",
     "document_mask": "*u8",
@@ -57,6 +58,8 @@ def configurations(capability: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for variant, (present, candidates) in _VARIANTS.items():
         for element, dtype in _DTYPES.items():
+            if element != "bf16" and variant not in _EVERY_DTYPE:
+                continue
             # The all-dense variant visits every dimension and row tile; the others differ from it in a few loads.
             for dimension in _DIMENSIONS if variant == "everything" else (128,):
                 label = f"{variant}-{element}-d{dimension}"

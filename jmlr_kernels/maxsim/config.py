@@ -102,7 +102,9 @@ def forward_candidates(capability: int, element_size: int, dimension: int, shari
         rows = min(rows, 128 if capability >= 90 else 64)  # before Hopper, 128 such rows do not fit the registers
         return [ForwardTiles(rows, 64, tile, warps=8 if rows == 128 else 4, stages=2)]
     if rows < 128:
-        return [ForwardTiles(rows, 64, tile, warps=4, stages=stages) for stages in (3, 4)]
+        # Walking the dimension holds more addresses; with a third stage the registers of sm_80 no longer suffice.
+        deep = capability >= 90 or tile >= dimension
+        return [ForwardTiles(rows, 64, tile, warps=4, stages=stages) for stages in ((3, 4) if deep else (2,))]
     if capability < 90:
         return [ForwardTiles(128, 64, tile, warps=8, stages=2)]
     # 64 tokens waste least at a document's end; a thread holds two rows of the sums, for which the search of the
@@ -131,9 +133,12 @@ def document_gradient_candidates(capability: int, element_size: int, dimension: 
     if element_size == 4:
         return [DocumentGradientTiles(32, 32, 1024, dimension_tile(dimension, 32), warps=8, stages=1)]
     tile = dimension_tile(dimension, 128)
-    warps = 8 if capability < 90 else 4
+    if capability < 90:
+        return [DocumentGradientTiles(64, rows, 1024, tile, warps=8, stages=2) for rows in (64, 32)]
+    # 168 registers let three programs share a processor: what a program waits for is memory, again and again.
     return [
-        DocumentGradientTiles(64, rows, 1024, tile, warps=warps, stages=stages) for rows, stages in ((64, 2), (32, 2))
+        DocumentGradientTiles(64, rows, 1024, tile, warps=4, stages=2, registers=registers)
+        for rows, registers in ((64, 168), (32, 168), (64, REGISTERS))
     ]
 
 

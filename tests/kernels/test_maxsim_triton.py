@@ -11,6 +11,9 @@ from jmlr_kernels import maxsim, maxsim_candidates, maxsim_tokens
 from jmlr_kernels.maxsim import config
 from jmlr_kernels.maxsim.layout import winner_code
 
+hypothesis = pytest.importorskip("hypothesis")
+strategies = hypothesis.strategies
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
@@ -44,6 +47,32 @@ def check_case(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_paths(shape: str, dtype: torch.dtype) -> None:
     check(dtype, masked=True, weighted=True, **SHAPES[shape])
+
+
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.given(
+    query_count=strategies.integers(1, 4),
+    documents=strategies.integers(1, 4),
+    query_length=strategies.integers(1, 12),
+    document_length=strategies.integers(1, 40),
+    dimension=strategies.integers(1, 40),
+    candidates=strategies.booleans(),
+    packed=strategies.booleans(),
+    masked=strategies.booleans(),
+    weighted=strategies.booleans(),
+    normalize=strategies.booleans(),
+    seed=strategies.integers(0, 2**16),
+)
+def test_matches_definition(**sizes: int) -> None:
+    """Any shape and any mix of options, in float32: winners exactly, the rest to a few roundings of the largest."""
+    # In one dimension all unit vectors are 1 or -1: ties that float32's norms break.
+    hypothesis.assume(sizes["dimension"] > 1 or not sizes["normalize"])
+    case = make_case(**sizes).to(torch.float32)
+    found, exact = case.to(torch.float32, DEVICE).run("triton"), case.exact()
+    assert torch.equal(found.pop("winners").cpu(), exact["winners"])
+    for name, value in found.items():
+        largest = exact[name].abs().max().item() if value.numel() else 0.0
+        torch.testing.assert_close(value.cpu().double(), exact[name], rtol=1e-5, atol=1e-5 * max(1.0, largest))
 
 
 @pytest.mark.parametrize("masked", [False, True])
