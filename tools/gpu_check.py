@@ -25,6 +25,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -61,7 +62,6 @@ class Context:
 
     def run(self, command: list[str], seconds: float) -> tuple[int | None, str]:
         """Exit code (None past the time limit) and all output of a command, which also goes to the log."""
-        self.log.write(f"$ {' '.join(command)}\n")
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -79,7 +79,7 @@ class Context:
             os.killpg(process.pid, signal.SIGKILL)  # compile workers and all
             output, _ = process.communicate()
             code = None
-        self.log.write(output + "\n")
+        self.log.write(f"$ {' '.join(command)}\n{output}\n")
         self.log.flush()
         return code, output
 
@@ -100,52 +100,61 @@ def _verdict(name: str, code: int | None, seconds: float, limit: float, detail: 
     return Phase(name, "passed" if code == 0 else "failed", seconds, detail)
 
 
-def _test_counts(report: Path) -> str | None:
-    """ "12 passed, 1 failed, 3 skipped" out of a JUnit file, with the names of what failed."""
-    if not report.is_file():
-        return None
-    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+def _test_counts(reports: list[Path]) -> str:
+    """ "12 passed, 1 failed, 3 skipped" out of JUnit files, with the names of what failed."""
+    found = [report for report in reports if report.is_file()]
+    cases = [case for report in found for case in ElementTree.parse(report).getroot().iter("testcase")]
     kinds = {"failed": ("failure", "error"), "skipped": ("skipped",)}
-    found = {
+    groups = {
         kind: [case for case in cases if any(case.find(tag) is not None for tag in tags)]
         for kind, tags in kinds.items()
     }
-    passed = len(cases) - sum(map(len, found.values()))
-    names = ", ".join(case.get("name", "?") for case in found["failed"][:5])
-    counts = f"{passed} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped"
+    passed = len(cases) - sum(map(len, groups.values()))
+    names = ", ".join(case.get("name", "?") for case in groups["failed"][:5])
+    counts = f"{passed} passed, {len(groups['failed'])} failed, {len(groups['skipped'])} skipped"
     return counts + (f" ({names})" if names else "")
 
 
+# Beside tests/gpu: files whose tests take a CUDA device where there is one, and compile there what CI interprets.
+_KERNEL_TESTS = (
+    "tests/kernels/test_*_triton.py",
+    "tests/kernels/test_maxsim_corners.py",
+    "tests/kernels/test_maxsim_losses.py",
+)
+
+
 def tests(context: Context, limit: float) -> Phase:
-    """Every test marked `gpu`. Files that ask for an absent library are left out and named."""
+    """Every test marked `gpu`, and the kernels' tests, each file in a process of its own, several at a time: most of
+    the time goes into compiling. Files that ask for an absent library are left out and named."""
     started = time.monotonic()
     missing = _missing("pytest")
     if missing:
         return Phase("tests", "skipped", 0.0, missing)
-    folders = ["tests/gpu"] if context.dry_run else ["tests/gpu", "tests/kernels"]
-    left_out = []
-    if _missing("hypothesis"):
-        files = sorted(path for folder in folders for path in Path(ROOT, folder).rglob("test_*.py"))
-        left_out = [str(path.relative_to(ROOT)) for path in files if "hypothesis" in path.read_text()]
-    report = context.scratch / "tests.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:benchmark",
-        *folders,
-    ]
-    command += [f"--ignore={path}" for path in left_out] + [f"--junitxml={report}"]
-    code, output = context.run(command, limit)
-    detail = _test_counts(report) or _last_line(output)
-    if left_out:
-        detail += f"; left out for want of hypothesis: {', '.join(left_out)}"
+    files = sorted(ROOT.glob("tests/gpu/test_*.py"))
+    if not context.dry_run:
+        files += sorted(path for pattern in _KERNEL_TESTS for path in ROOT.glob(pattern))
+    wanting = [path for path in files if "hypothesis" in path.read_text()] if _missing("hypothesis") else []
+    chosen = [path for path in files if path not in wanting]
+
+    def run(path: Path) -> tuple[int | None, str]:
+        marked = "gpu" if path.parent.name == "gpu" else "not gpu and not slow"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", marked, "-p", "no:cacheprovider", "-p", "no:benchmark"]
+        return context.run([*command, str(path), f"--junitxml={context.scratch / path.stem}.xml"], limit)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        outcomes = dict(zip(chosen, pool.map(run, chosen), strict=True))
+    # 5: nothing of this file was chosen.
+    worst = [code for code, _ in outcomes.values() if code not in (0, 5)]
+    code = 0 if not worst else None if None in worst else worst[0]
+    detail = _test_counts([context.scratch / f"{path.stem}.xml" for path in chosen])
+    stopped = [path.name for path, (one, _) in outcomes.items() if one is None]
+    silent = [path for path, (one, _) in outcomes.items() if one not in (0, 1, 5, None)]
+    if silent:
+        detail += f"; {silent[0].name}: {_last_line(outcomes[silent[0]][1])}"
+    if stopped:
+        detail += f"; not finished: {', '.join(stopped)}"
+    if wanting:
+        detail += f"; left out for want of hypothesis: {', '.join(path.name for path in wanting)}"
     return _verdict("tests", code, time.monotonic() - started, limit, detail)
 
 

@@ -17,6 +17,7 @@ from . import config
 from .gradient_rule import RULES
 from .triton_document_gradient import maxsim_document_gradient_kernel, product_types
 from .triton_forward import maxsim_forward_kernel, maxsim_kept_kernel, maxsim_norms_kernel
+from .triton_losses import maxsim_loss_rows_kernel
 from .triton_query_gradient import (
     maxsim_query_gradient_kernel,
     maxsim_query_gradient_sum_kernel,
@@ -74,7 +75,7 @@ _RULE_USES = dict(
 _BYTES = ("query_mask", "document_mask", "document_kept")  # kernels that take a mask as it is
 _FLOATS = (
     "query_weights", "scores", "grad", "row_statistics", "temperatures", "target", "target_row", "query_scales",
-    "document_scales", "scales", "partial", "grad_weights", "gradient",
+    "document_scales", "scales", "partial", "grad_weights", "gradient", "statistics",
 )  # fmt: skip
 _ELEMENTS = ("queries", "documents", "tokens", "out", "grad_queries", "grad_documents")
 
@@ -97,6 +98,13 @@ def configurations(capability: int) -> list[dict[str, Any]]:
                 found += _forward(capability, full, dtype, name, dimension, variant, thorough)
                 if "winners" in variant.present and variant.normalize != "load":
                     found += _backward(capability, full, dtype, name, dimension, variant, thorough)
+    for rule in RULES[2:]:
+        for aimed in (True, False) if rule == "labels" else (True,):
+            present = frozenset({"scores", "temperatures", "statistics"} | ({"target"} if aimed else set()))
+            constants = {"RULE": rule, "HAS_TARGET": aimed, "BLOCK": 256}
+            variant, tiles = Variant(present, rule=rule), config.QueryGradientTiles(1, 1, 16, warps=4)
+            label = f"maxsim_loss_rows-{rule}" + ("" if aimed else "-blind")
+            found.append(_configuration(label, maxsim_loss_rows_kernel, "", present, variant, constants, tiles))
     for label in ("padded", "packed"):
         present = frozenset({"document_mask", "kept", "kept_lengths"}) | (
             {"cu_seqlens"} if label == "packed" else set()
@@ -187,10 +195,14 @@ def _backward(
                 tiles,
             )
     product, precision = product_types(dtype)
-    document_choices = config.document_gradient_candidates(capability, dtype.itemsize, dimension)
+    simple = variant.rule in config.SIMPLE_RULES and variant.normalize == "none" and not variant.candidates
+    document_choices = config.document_gradient_candidates(capability, dtype.itemsize, dimension, simple)
     for document_tiles in document_choices if thorough else document_choices[:1]:
         dimension_tiles = -(-dimension // document_tiles.dimension)
-        for scan in {document_tiles.scan, 128} if thorough or variant.candidates else {document_tiles.scan}:
+        scans = {document_tiles.scan}
+        if thorough or variant.candidates:
+            scans |= {config.scan_length(1, document_tiles)}
+        for scan in sorted(scans):
             constants = {
                 "DIMENSION": dimension,
                 "BLOCK_TOKENS": document_tiles.tokens,

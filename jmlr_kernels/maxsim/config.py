@@ -26,6 +26,9 @@ _WHOLE_DIMENSION = 256
 # Said to the assembler because its own guess saves a few registers for occupancy by spilling as many.
 REGISTERS = 255
 
+# Rules of the scores' gradient (gradient_rule.py) that leave d(documents) registers to spare.
+SIMPLE_RULES = ("scores", "labels")
+
 
 @dataclass(frozen=True)
 class ForwardTiles:
@@ -127,19 +130,24 @@ def query_gradient_candidates(capability: int, element_size: int, dimension: int
     return [QueryGradientTiles(rows, lanes, tile, warps=4) for rows in (4, 2)]
 
 
-def document_gradient_candidates(capability: int, element_size: int, dimension: int) -> list[DocumentGradientTiles]:
+def document_gradient_candidates(
+    capability: int, element_size: int, dimension: int, simple: bool = True
+) -> list[DocumentGradientTiles]:
     """Tiles worth timing for the kernel that owns document tokens and multiplies a one-hot matrix of winners with
-    query rows. A place in a scan and a token in a tile share 16 bits: scan * tokens <= 65536."""
+    query rows. A place in a scan and a token in a tile share 16 bits: scan * tokens <= 65536.
+
+    `simple` says that every query meets every document, gradients are read or those of labels, and nothing is
+    normalised: then 128 registers are enough, and sixteen warps share a processor. What a program waits for is memory, again and again.
+    """
     if element_size == 4:
         return [DocumentGradientTiles(32, 32, 1024, dimension_tile(dimension, 32), warps=8, stages=1)]
     tile = dimension_tile(dimension, 128)
     if capability < 90:
         return [DocumentGradientTiles(64, rows, 1024, tile, warps=8, stages=2) for rows in (64, 32)]
-    # 168 registers let three programs share a processor: what a program waits for is memory, again and again.
-    return [
-        DocumentGradientTiles(64, rows, 1024, tile, warps=4, stages=2, registers=registers)
-        for rows, registers in ((64, 168), (32, 168), (64, REGISTERS))
-    ]
+    four = [DocumentGradientTiles(64, rows, 1024, tile, warps=4, stages=2) for rows in (64, 32)]
+    if capability >= 100 or tile < dimension or not simple:
+        return four
+    return [DocumentGradientTiles(64, 64, 1024, tile, warps=8, stages=2, registers=128), *four]
 
 
 # --------------------------------------------------------------------------- what runs
@@ -176,12 +184,14 @@ def query_gradient_tiles(capability: int, element_size: int, dimension: int) -> 
 
 
 @cache
-def document_gradient_tiles(capability: int, element_size: int, dimension: int) -> DocumentGradientTiles:
-    """Tiles of the kernel that owns document tokens."""
-    found = _tuned().get(tuning_key("document_gradient", capability, element_size, dimension))
+def document_gradient_tiles(
+    capability: int, element_size: int, dimension: int, simple: bool = True
+) -> DocumentGradientTiles:
+    """Tiles of the kernel that owns document tokens; what was tuned is for the `simple` ones."""
+    found = _tuned().get(tuning_key("document_gradient", capability, element_size, dimension)) if simple else None
     if found:
         return DocumentGradientTiles(**found)
-    return document_gradient_candidates(capability, element_size, dimension)[0]
+    return document_gradient_candidates(capability, element_size, dimension, simple)[0]
 
 
 def product_precision(dtype: torch.dtype) -> str:
@@ -242,7 +252,10 @@ def document_splits(rows: int, documents: int, tiles: QueryGradientTiles, proces
 
 
 def scan_length(rows: int, tiles: DocumentGradientTiles) -> int:
-    """Winners that a program of d(documents) looks through at a time: all of them when they are few."""
+    """Winners that a program of d(documents) looks through at a time: all of them when they are few, unless registers
+    are short, where one form of the code is all that was found to fit."""
+    if tiles.registers < REGISTERS:
+        return tiles.scan
     return min(tiles.scan, next_power_of_two(rows, 128))
 
 

@@ -178,7 +178,10 @@ def document_gradient(
 ) -> Tensor:
     """d(documents) of the given shape in their dtype; the other arguments as for `query_gradient`."""
     device = queries.device
-    tiles = config.document_gradient_tiles(config.capability_of(device), queries.element_size(), sizes.dimension)
+    simple = rule in config.SIMPLE_RULES and document_scales is None and not sizes.candidates
+    tiles = config.document_gradient_tiles(
+        config.capability_of(device), queries.element_size(), sizes.dimension, simple
+    )
     # Tokens of a packed list that no document covers have gradient zero and no owner to write it.
     allocate = torch.empty if cu_seqlens is None else torch.zeros
     grad_documents = allocate(shape, dtype=documents.dtype, device=device)
