@@ -13,7 +13,7 @@ A module takes part by a function ``configurations(capability) -> list[dict]`` w
 ``@triton.jit`` function), ``signature`` (argument -> Triton type or "constexpr"), ``constexprs``, ``options``
 (``num_warps``, ``num_stages``, ...) and ``wants_wgmma``.
 
-    python -m tools.aot [--capability 90] [--match NAME] [--json FILE]
+    python -m tools.aot [--capability 90] [--match NAME] [--loops] [--json FILE]
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tools.machine_code import disassemble, innermost_product_loop
 
 MODULES = (
     "jmlr_kernels.shifted_attention.aot",
@@ -62,6 +65,7 @@ class Report:
     registers: int = 0
     stack_bytes: int = 0
     wgmma: bool = False
+    loop_instructions: int | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -85,8 +89,8 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return registers, max(stack, local)
 
 
-def compile_one(module: str, index: int, capability: int) -> Report:
-    """Compile configuration `index` of `module` for one chip."""
+def compile_one(module: str, index: int, capability: int, loops: bool = False) -> Report:
+    """Compile configuration `index` of `module` for one chip; with `loops`, count instructions too."""
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
     from triton.backends.compiler import GPUTarget
@@ -104,6 +108,8 @@ def compile_one(module: str, index: int, capability: int) -> Report:
         )
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=configuration["options"])
         report.registers, report.stack_bytes = resource_usage(compiled.asm["cubin"])
+        if loops:
+            report.loop_instructions = innermost_product_loop(disassemble(compiled.asm["cubin"]))
     except Exception as error:  # whatever the compiler raises is the finding
         text = " ".join(str(error).split())
         report.problems.append(f"does not compile: {type(error).__name__}: {text[:80]} ... {text[-320:]}")
@@ -166,12 +172,12 @@ def print_table(reports: list[Report]) -> None:
         )
 
 
-def compile_all(jobs: list[tuple[str, int, int]], processes: int) -> list[Report]:
+def compile_all(jobs: list[tuple[str, int, int]], processes: int, loops: bool) -> list[Report]:
     """Compile in `processes` processes, in the order of the jobs, with a line of progress every minute."""
     reports: list[Report] = []
     told = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for report in pool.map(compile_one, *zip(*jobs, strict=True), chunksize=4):
+        for report in pool.map(partial(compile_one, loops=loops), *zip(*jobs, strict=True), chunksize=4):
             reports.append(report)
             if time.perf_counter() - told > 60:
                 told = time.perf_counter()
@@ -185,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--module", action="append", help="module with configurations(); repeatable (default: all)")
     parser.add_argument("--capability", action="append", type=int, choices=CAPABILITIES, help="chip (default: all)")
     parser.add_argument("--match", default="", help="only configurations with this in their name")
+    parser.add_argument("--loops", action="store_true", help="count the innermost matrix-product loop's instructions")
     parser.add_argument("--json", type=Path, help="write every configuration's resources here")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args(arguments)
@@ -200,8 +207,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tools.aot: {error}", file=sys.stderr)
         return 2
     started = time.perf_counter()
-    reports = compile_all(jobs, options.processes)
+    reports = compile_all(jobs, options.processes, options.loops)
     print_table(reports)
+    for report in reports if options.loops else []:
+        if report.loop_instructions:
+            print(f"{report.loop_instructions} instructions in the loop of {report.name} on sm_{report.capability}")
     if options.json:
         import triton
 

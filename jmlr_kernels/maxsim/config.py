@@ -137,7 +137,8 @@ def document_gradient_candidates(
     query rows. A place in a scan and a token in a tile share 16 bits: scan * tokens <= 65536.
 
     `simple` says that every query meets every document, gradients are read or those of labels, and nothing is
-    normalised: then 128 registers are enough, and sixteen warps share a processor. What a program waits for is memory, again and again.
+    normalised: then 128 registers are enough, and sixteen warps share a processor. What a program waits for is memory,
+    again and again.
     """
     if element_size == 4:
         return [DocumentGradientTiles(32, 32, 1024, dimension_tile(dimension, 32), warps=8, stages=1)]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.machine_code import innermost_product_loop
+
 ROOT = Path(__file__).resolve().parents[2]
 SEEDED = "tests.kernels.aot_seeded"
 
@@ -31,6 +33,17 @@ def test_each_seeded_fault_is_named(tmp_path: Path) -> None:
     assert ["wgmma" in problem for problem in rows["no-wgmma"]["problems"]] == [True]
     assert any("no code" in problem for problem in rows["vanished"]["problems"])
     assert "5 compiled ahead of time" in run.stdout and "4 of them failing" in run.stdout
+
+
+def test_the_product_loop_is_counted() -> None:
+    """Nested loops and a loop without a product: the innermost with one counts, forward branches do not."""
+    lines = [".L_x_0:", "IADD3 R1", ".L_x_1:", "HGMMA R2", "FMNMX R3", "@P0 BRA `(.L_x_1)", "@P1 BRA `(.L_x_0)"]
+    lines += [".L_x_2:", "IADD3 R4", "BRA `(.L_x_2)", "HMMA R5", "BRA `(.L_x_9)", ".L_x_9:"]
+    listing = "\n".join(line if line.startswith(".") else f"        /*0010*/   {line} ;" for line in lines)
+    assert innermost_product_loop(listing) == 3
+    assert innermost_product_loop(listing.replace("HGMMA", "FFMA")) is None
+    run = _aot("--module", SEEDED, "--match", "sound", "--capability", "90", "--loops")
+    assert "instructions in the loop of sound on sm_90" in run.stdout, run.stdout + run.stderr
 
 
 def test_a_sound_kernel_passes_even_where_the_interpreter_is_switched_on() -> None:
