@@ -1,6 +1,6 @@
 """Triton's whole launch path without a GPU: a driver that compiles for a named chip and notes what would be launched.
 
-Run as a program by test_launch.py, because its own process runs under Triton's interpreter, which has no launcher. Prints
+Run as a program by test_launch.py, because its own process runs under the interpreter, which has no launcher. Prints
 "same" when launches by the short path reach the chip's launcher as those by Triton's own do.
 """
 
