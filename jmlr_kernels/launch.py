@@ -2,7 +2,8 @@
 
 Triton's own launcher binds and classifies every argument anew at each call, some tens of microseconds for kernels with
 as many arguments as ours: more than the kernel itself takes for a small batch. Here the compiled kernel is remembered
-under the few facts that Triton specialises on, and called directly.
+under the few facts that Triton specialises on, and called directly. A profiler's launch hooks run; what Triton looks up
+anew at each call (its debug switch, pre-run hooks, changed globals) holds as it was at a kernel's first launch.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def _start_remembered(
 
 def _specialization(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The facts about each argument that Triton compiles into a kernel: dtype and 16-byte alignment of a tensor; of an
-    integer whether it is 1, divisible by 16, and its width, the first two not for those in `do_not_specialize`."""
+    integer whether it is 1, divisible by 16, and its width, the first two not for those in `do_not_specialize`; of
+    anything else the type."""
     plain = _plain.get(kernel)
     if plain is None:
         names = kernel.do_not_specialize
@@ -69,8 +71,8 @@ def _specialization(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     for position, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
             facts.append((argument.dtype, argument.data_ptr() % 16 == 0))
-        elif argument is None:
-            facts.append(None)
+        elif type(argument) is not int:  # a float, a boolean or None: True equals 1 and 1.0, but is another kernel
+            facts.append(type(argument))
         elif position in plain:
             facts.append(-(2**31) <= argument < 2**31)
         else:

@@ -70,8 +70,8 @@ def maxsim(
         cu_seqlens: int32 [Nd + 1], token offsets of packed documents: starts at 0, ends at T, never decreases. The
             values are checked on a CPU only, because looking at them would stall a GPU.
         max_seqlen: length of the longest packed document in tokens, where known: winners are then saved in one or two
-            bytes even if all documents together have more than 65,536 tokens. A longer document scores NaN on a GPU,
-            and is an error on a CPU.
+            bytes even if all documents together have more than 65,536 tokens. A longer document is an error where
+            the offsets are looked at, and scores NaN elsewhere: on a GPU and under torch.compile.
         normalize: scale every token of both sides to unit length first; gradients pass through it. No normalised copy
             is made.
         return_alignment: also return the winners.

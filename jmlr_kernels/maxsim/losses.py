@@ -65,7 +65,7 @@ def maxsim_contrastive_loss(
 
     Returns:
         Scalar float32 (float64 for float64 inputs); [Nq] with reduction "none". A label outside the documents is an
-        error on a CPU and gives NaN on a GPU.
+        error on a CPU; on a GPU and under torch.compile it gives NaN, to its query's gradient too.
 
     Raises:
         ValueError, TypeError, RuntimeError: as for :func:`jmlr_kernels.maxsim`, with one sentence.

@@ -101,6 +101,9 @@ def forward(
         best = best * query_weights.to(dtype)[:, :, None]
     if counts is not None:
         best = best.masked_fill(~counts, 0)
+    if max_length and cu_seqlens is not None:  # a longer document's winners may not fit their integer: loud, not wrong
+        longer = cu_seqlens.diff() > max_length
+        best = best.masked_fill(longer.view(-1, 1, sizes.documents_per_query), torch.nan)
     scores = best.transpose(1, 2).contiguous() if per_token else best.sum(1)
     if not need_winners:
         return scores, torch.empty(0, dtype=code.dtype, device=queries.device), query_scales, document_scales

@@ -28,8 +28,9 @@ def loss_rows(scores: Tensor, target: Tensor | None, temperatures: Tensor, rule:
     columns[4] = (chance * (scores - columns[0][:, None])).sum(1)
     if target is not None:
         inside = (target >= 0) & (target < scores.shape[1])
-        picked = scores.gather(1, torch.where(inside, target, 0)[:, None]).squeeze(1)
-        columns[2] = torch.where(inside, picked, torch.nan)
+        columns[2] = scores.gather(1, torch.where(inside, target, 0)[:, None]).squeeze(1)
+        # No such document: loud, not wrong, in the loss and in its gradient.
+        columns[1] = torch.where(inside, columns[1], torch.nan)
     return torch.stack(columns, dim=1)
 
 

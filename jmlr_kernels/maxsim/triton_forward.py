@@ -61,7 +61,7 @@ def _load_rows(rows, valid, offset, DIMENSION: tl.constexpr, BLOCK_DIMENSION: tl
 
 @triton.jit
 def _inverse_norms(squares):
-    return 1.0 / tl.maximum(tl.sqrt(squares), _NORM_FLOOR)
+    return 1.0 / _larger_or_nan(tl.sqrt(squares), _NORM_FLOOR)
 
 
 @triton.jit

@@ -81,6 +81,8 @@ def maxsim_loss_rows_kernel(
                 one += tl.where(inside, chance * (score - top), 0.0)
                 if HAS_TARGET:
                     other += tl.where(inside & (document == label), score, 0.0)
+        if RULE == "labels" and HAS_TARGET:  # no such document: loud, not wrong, in the loss and in its gradient
+            mass = tl.where((label >= 0) & (label < count), mass, float("nan"))
         tl.store(out, top)
         tl.store(out + 1, mass)
         tl.store(out + 4, tl.sum(one, axis=0))
@@ -90,8 +92,6 @@ def maxsim_loss_rows_kernel(
             tl.store(out + 3, aim_mass)
             tl.store(out + 5, found)
         else:
-            if HAS_TARGET:  # no such document: loud, not wrong
-                found = tl.where((label >= 0) & (label < count), found, float("nan"))
             tl.store(out + 2, found)
             tl.store(out + 3, 0.0)
             tl.store(out + 5, 0.0)

@@ -60,3 +60,11 @@ def test_a_sound_kernel_passes_even_where_the_interpreter_is_switched_on() -> No
 def test_a_senseless_request_is_refused(arguments: tuple[str, ...], sentence: str) -> None:
     run = _aot(*arguments)
     assert run.returncode == 2 and sentence in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("capability", ["90", "100"])
+def test_compiled_maxsim_keeps_nan_and_orders_its_notes(capability: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compiled_code", capability]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0 and run.stdout.strip() == "sound", run.stderr

@@ -150,23 +150,28 @@ def test_float32_is_not_rounded_to_half(backend: str) -> None:
     assert ((scores - exact) / exact).abs().max() < 2e-6
 
 
-def test_offsets_past_two_to_the_31(backend: str) -> None:
-    """A view of a small tensor whose strides overflow 32 bits: an offset computed in int32 would leave it.
+@pytest.mark.parametrize("normalize", [False, True])
+def test_offsets_past_two_to_the_31(backend: str, normalize: bool) -> None:
+    """Views of a small part of a tensor: strides that fit 32 bits, whose multiples do not.
 
-    late-interaction-kernels 0.4.5 does (4.3 GB of bfloat16 documents are enough).
+    late-interaction-kernels 0.4.5 computes them in 32 bits and leaves the tensor (4.3 GB of documents are enough).
     """
     if backend == "torch":
         pytest.skip("PyTorch computes its own offsets")
     # 2**31 elements are reserved, not touched: the system gives memory page by page, as it is written.
-    span = 2**31 + 64
-    documents = torch.empty(span, dtype=torch.float16, device=DEVICE).as_strided((2, 5, 16), (2**31 - 16, 16, 1))
-    documents[0], documents[1] = _leaf(5, 16).half().detach(), _leaf(5, 16, seed=1).half().detach()
-    queries = _leaf(2, 3, 16, seed=2).detach().half().requires_grad_()
-    scores = maxsim(queries, documents, backend=backend)
-    torch.testing.assert_close(scores, maxsim(queries, documents.contiguous(), backend="torch"))
-    (gradient,) = torch.autograd.grad(scores.sum(), queries)
-    (expected,) = torch.autograd.grad(maxsim(queries, documents.contiguous(), backend="torch").sum(), queries)
-    torch.testing.assert_close(gradient, expected)
+    stride = 2**30 + 16
+    storage = torch.empty(2 * stride + 1024, dtype=torch.float16, device=DEVICE)
+    sides = [storage.as_strided((3, 5, 16), (stride, 16, 1), offset) for offset in (0, 512)]
+    for seed, side in enumerate(sides):
+        side.copy_(_leaf(3, 5, 16, seed=seed).detach())
+    weights = _leaf(3, 3, seed=2).detach()
+    results = []
+    for queries, documents, name in ((*sides, backend), (*(side.contiguous() for side in sides), "torch")):
+        queries, documents = queries.requires_grad_(), documents.requires_grad_()
+        scores = maxsim(queries, documents, normalize=normalize, backend=name)
+        results.append((scores, *torch.autograd.grad((scores * weights).sum(), (queries, documents))))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_bitwise_repeatable_and_allowed_by_deterministic_mode(backend: str) -> None:

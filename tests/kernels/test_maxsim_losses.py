@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jmlr_kernels import maxsim_contrastive_loss, maxsim_distillation_loss
+from jmlr_kernels.maxsim import torch_chunked
 from jmlr_kernels.maxsim.losses import _losses
 from jmlr_kernels.maxsim.reference import maxsim_reference
 
@@ -258,6 +259,51 @@ def test_many_documents_take_several_blocks(backend: str) -> None:
     found = maxsim_contrastive_loss(queries, documents, labels, reduction="none", backend=backend)
     scores = queries[:, 0].double() @ documents[:, 0].double().T
     torch.testing.assert_close(found.double(), cross_entropy(scores, labels, reduction="none"), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_teacher_rules_out_a_whole_block_of_a_lane(backend: str) -> None:
+    """-inf first, a finite score one block later, in the same lane."""
+    draw = torch.Generator().manual_seed(0)
+    scores, teacher = (torch.randn(2, 600, generator=draw) for _ in range(2))
+    teacher[:, :300] = float("-inf")
+    temperatures = torch.tensor([0.7, 1.3])
+    moved = [tensor.to(DEVICE) for tensor in (scores, teacher, temperatures)]
+    rows = torch.ops.jmlr_kernels.maxsim_loss_rows(*moved, "teacher", backend)
+    found, _ = _losses(rows, "teacher", moved[2], 600)
+    target = (teacher.double() / 1.3).softmax(-1)
+    expected = kl_div((scores.double() / 0.7).log_softmax(-1), target, reduction="none").nansum(1)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("label", [-100, -1, 4, 10**12])
+def test_label_of_no_document_is_loud(backend: str, label: int) -> None:
+    """Labels are not looked at on a GPU: the query's loss and every probability made of its row are NaN."""
+    labels = torch.tensor([1, label, 3], device=DEVICE)
+    temperatures = torch.ones(2, device=DEVICE)
+    rows = torch.ops.jmlr_kernels.maxsim_loss_rows(torch.randn(3, 4, device=DEVICE), labels, temperatures, "labels",
+                                                   backend)  # fmt: skip
+    loss, _ = _losses(rows, "labels", temperatures, 4)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert rows[:, 1].isnan().tolist() == [False, True, False]
+
+
+def test_gradients_in_slices_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The labels' and the margins' positives are named by their place among all documents, not in a slice of them."""
+    case = make_case(query_count=4, documents=9)
+    more = make_case(query_count=4, documents=9, candidates=True)
+    teacher = torch.randn(4, 9, dtype=torch.float64)
+
+    def losses(queries: Tensor, documents: Tensor, own: Tensor) -> Tensor:
+        labels = torch.tensor([8, 0, 4, 3])
+        margins = maxsim_distillation_loss(queries, own, teacher, loss="margin_mse")
+        return maxsim_contrastive_loss(queries, documents, labels, normalize=True) + margins
+
+    leaves: list[Tensor | None] = [case.queries, case.documents, more.documents]
+    whole = differentiated(losses, leaves)
+    monkeypatch.setattr(torch_chunked, "_BACKWARD_ENTRIES", 45)
+    compared(differentiated(losses, leaves), whole)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
