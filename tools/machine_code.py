@@ -21,11 +21,11 @@ def innermost_product_loop(listing: str) -> int | None:
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in listing.splitlines():
-        label, instruction = _LABEL.match(line), _INSTRUCTION.match(line)
+        label, found = _LABEL.match(line), _INSTRUCTION.match(line)
         if label:
             labels[label.group(1)] = len(instructions)
-        elif instruction:
-            instructions.append(instruction.group(1))
+        elif found:
+            instructions.append(found.group(1))
     lengths = []
     for end, instruction in enumerate(instructions):
         branch = _BRANCH.search(instruction)
