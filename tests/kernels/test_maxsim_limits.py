@@ -168,7 +168,7 @@ def test_document_of_65536_tokens(masked: bool, backend: str) -> None:
 @both
 @pytest.mark.parametrize("candidates", [False, True])
 def test_packed_documents_emptied_by_their_mask_score_zero(candidates: bool, backend: str) -> None:
-    """Without winners, which would say so, and with every other token poisoned."""
+    """Scored without winners, which would say so."""
     case = make_case(packed=True, masked=True, candidates=candidates, seed=4).to(torch.float32, DEVICE)
     offsets = case.options["cu_seqlens"].tolist()
     emptied = max(range(len(offsets) - 1), key=lambda i: offsets[i + 1] - offsets[i])
