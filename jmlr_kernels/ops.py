@@ -158,8 +158,13 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile cannot trace an import
 def _triton_problem() -> str | None:
+    return _import_problem()
+
+
+@cache
+def _import_problem() -> str | None:
     try:
         importlib.import_module("triton")
     except Exception as error:  # a broken driver or compiler install raises more than ImportError

@@ -67,7 +67,14 @@ VARIANTS: dict[str, Variant] = {
     "candidates_teacher": Variant(_MASKS | {"winners"}, candidates=True, rule="teacher"),
     "candidates_margins": Variant(_MASKS | {"winners"}, candidates=True, rule="margins"),
 }
-_EVERY_DTYPE = ("everything", "bare", "packed_everything", "candidates_packed_everything")
+_EVERY_DTYPE = (
+    "everything",
+    "bare",
+    "packed_everything",
+    "candidates_packed_everything",
+    "normalize_load",
+    "normalize_compute",
+)
 _RULE_POINTERS = ("scores", "row_statistics", "temperatures", "target", "target_row")
 _RULE_USES = dict(
     zip(RULES, ((), (), _RULE_POINTERS[:4], _RULE_POINTERS, ("scores", "row_statistics", "target")), strict=True)
@@ -93,7 +100,7 @@ def configurations(capability: int) -> list[dict[str, Any]]:
         for name, dtype in DTYPES.items():
             if name != "bf16" and label not in _EVERY_DTYPE:
                 continue
-            for dimension in DIMENSIONS if thorough else (128, 300) if "normalize" in label else (128,):
+            for dimension in DIMENSIONS if thorough or "normalize" in label else (128,):
                 full = f"{label}-{name}-d{dimension}"
                 found += _forward(capability, full, dtype, name, dimension, variant, thorough)
                 if "winners" in variant.present and variant.normalize != "load":
@@ -123,6 +130,9 @@ def _forward(
     capability: int, label: str, dtype: torch.dtype, name: str, dimension: int, variant: Variant, thorough: bool
 ) -> Iterator[dict[str, Any]]:
     seen = set()
+    normalize = variant.normalize
+    if normalize == "compute" and not config.normalizes_on_the_way(dtype.itemsize, dimension):
+        normalize = "load"
     for sharing_rows in SHARING_ROWS:
         choices = config.forward_candidates(capability, dtype.itemsize, dimension, sharing_rows)
         for tiles in choices if thorough else choices[:1]:
@@ -137,7 +147,7 @@ def _forward(
                 "SEGMENTS": 1 if variant.candidates or sharing_rows < tiles.rows * 2 else tiles.rows // 32,
                 "CANDIDATES": variant.candidates,
                 "PER_TOKEN": variant.per_token,
-                "NORMALIZE": variant.normalize,
+                "NORMALIZE": normalize,
                 "NO_WINNER": 255,
                 "PRECISION": config.product_precision(dtype),
                 "NAN_REDUCTION": True,

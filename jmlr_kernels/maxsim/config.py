@@ -195,6 +195,11 @@ def document_gradient_tiles(
     return document_gradient_candidates(capability, element_size, dimension, simple)[0]
 
 
+def normalizes_on_the_way(element_size: int, dimension: int) -> bool:
+    """Whether the forward kernel has registers left to compute the norms of the documents that it multiplies."""
+    return element_size == 2 and dimension_tile(dimension, _WHOLE_DIMENSION) in range(dimension, 129)
+
+
 def product_precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies: float32 inputs in float32, never rounded to a shorter type."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..launch import launch
 from . import config
-from .gradient_rule import RuleInputs, score_gradient
+from .gradient_rule import RuleInputs
 from .layout import Layout, WinnerCode
 from .triton_forward import _load_rows
+from .triton_gradient_rule import score_gradient
 from .triton_query_gradient import _FLOOR_SCALE, apply_tangent
 
 

@@ -337,7 +337,8 @@ def forward(
     run = config.documents_per_program(sizes.documents_per_query, row_tiles, tiles.warps, config.processors_of(device))
     # Visited once, documents are normalised on the way; visited by several row tiles, in a pass before.
     visits = row_chunks if candidates else row_tiles
-    if normalize and visits > 1:
+    on_the_way = visits == 1 and config.normalizes_on_the_way(queries.element_size(), sizes.dimension)
+    if normalize and not on_the_way:
         _document_norms(documents, scales[1])
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     kept = (None, None) if document_mask is None else _kept_tokens(document_mask, cu_seqlens, sizes)
@@ -378,7 +379,7 @@ def forward(
             config.next_power_of_two(per_tile),
             candidates,
             per_token,
-            "none" if not normalize else "load" if visits > 1 else "compute",
+            "none" if not normalize else "compute" if on_the_way else "load",
             code.none,
             config.product_precision(queries.dtype),
             not config.interpreted(),

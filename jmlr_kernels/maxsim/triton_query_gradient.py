@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..launch import launch
 from . import config
-from .gradient_rule import RuleInputs, score_gradient
+from .gradient_rule import RuleInputs
 from .layout import Layout, WinnerCode
 from .triton_forward import _load_rows
+from .triton_gradient_rule import score_gradient
 
 # Scales of vectors shorter than the norm's floor: the floor is a constant, so they have no Jacobian but the scale.
 _FLOOR_SCALE = tl.constexpr(9.99e11)

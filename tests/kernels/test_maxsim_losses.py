@@ -342,14 +342,18 @@ def test_gradient_of_the_scores_is_never_stored() -> None:
     assert not any(size.numel() == 11 * 13 for size in sizes)
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("negatives", [False, True])
-def test_compile_without_graph_breaks(negatives: bool) -> None:
+def test_compile_without_graph_breaks(negatives: bool, backend: str) -> None:
+    torch.compiler.reset()
     case = make_case(query_count=4, documents=4, masked=True, weighted=True).to(torch.float32)
     own = torch.randn(4, 2, 6, 20) if negatives else None
     leaves = [case.queries, case.documents, case.query_weights, torch.tensor(0.5), own]
 
     def loss(q: Tensor, d: Tensor, w: Tensor, t: Tensor, n: Tensor | None) -> Tensor:
-        return maxsim_contrastive_loss(q, d, temperature=t, query_weights=w, negatives=n, **case.options)
+        return maxsim_contrastive_loss(
+            q, d, temperature=t, query_weights=w, negatives=n, backend=backend, **case.options
+        )
 
     compared(
         differentiated(torch.compile(loss, fullgraph=True, backend="aot_eager"), leaves), differentiated(loss, leaves)

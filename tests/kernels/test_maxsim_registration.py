@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from maxsim_cases import make_case
@@ -33,13 +37,17 @@ def test_opcheck(candidates: bool, packed: bool, weighted: bool) -> None:
         torch.library.opcheck(backward, ([grad], *inputs, *scales, rule, candidates, 0, "torch"))
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize(("candidates", "packed"), LAYOUTS)
-def test_compile_without_graph_breaks(candidates: bool, packed: bool) -> None:
+def test_compile_without_graph_breaks(candidates: bool, packed: bool, backend: str) -> None:
+    """The Triton backend too: what "auto" is on a GPU must not be found out by what torch.compile cannot trace."""
+    torch.compiler.reset()
     case = make_case(candidates=candidates, packed=packed, masked=True, weighted=True).to(torch.float32)
     function = maxsim_candidates if candidates else maxsim
 
     def loss(queries: Tensor, documents: Tensor, weights: Tensor) -> Tensor:
-        return function(queries, documents, query_weights=weights, normalize=True, **case.options).logsumexp(-1).sum()
+        scores = function(queries, documents, query_weights=weights, normalize=True, backend=backend, **case.options)
+        return scores.logsumexp(-1).sum()
 
     gradients = []
     for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
@@ -105,3 +113,25 @@ def test_saved_state_is_inputs_and_winners() -> None:
     ):
         maxsim(queries, documents)
     assert sum(saved) == 8 * (queries.numel() + documents.numel()) + 4 * 50 * 8
+
+
+def test_without_triton_the_torch_backend_still_works() -> None:
+    """Where Triton is not to be had (it is no dependency outside Linux), everything but the kernels runs."""
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch, jmlr_kernels
+q, d = torch.randn(2, 3, 8, requires_grad=True), torch.randn(4, 5, 8, requires_grad=True)
+jmlr_kernels.maxsim(q, d, normalize=True).sum().backward()
+jmlr_kernels.maxsim_contrastive_loss(q, d).backward()
+jmlr_kernels.maxsim_smooth(q, d, temperature=0.1).sum().backward()
+jmlr_kernels.xtr_scores(q, d, 3).sum().backward()
+jmlr_kernels.maxsim_topk(q.detach(), d.detach(), 2)
+values, scales = jmlr_kernels.quantize_documents(d.detach())
+jmlr_kernels.maxsim_quantized(q.detach(), values, scales)
+jmlr_kernels.shifted_sparse_attention(*(torch.randn(1, 8, 2, 32) for _ in range(3)), group_size=4)
+print(jmlr_kernels.backend_info()["triton"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    assert run.returncode == 0 and "triton cannot be imported" in run.stdout, run.stdout + run.stderr
