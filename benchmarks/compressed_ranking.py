@@ -3,16 +3,19 @@
 No timing, and no device matters: scores are compared, not speeds. Tokens lie around cluster centres, as a language
 model's do, and a query's tokens are noisy copies of one document's. Residual codes use centroids found by k-means.
 
-    python -m benchmarks.compressed_ranking [--documents 2000] [--seed 0]
+    python -m benchmarks.compressed_ranking [--documents 2000] [--seed 0] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.environment import describe
 from jmlr_kernels import (
     ResidualCodec,
     maxsim,
@@ -71,6 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--documents", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--commit", help="the commit to name where there is no repository")
     options = parser.parse_args()
     draw = torch.Generator().manual_seed(options.seed)
     queries, texts = embeddings(options.documents, draw)
@@ -90,9 +95,15 @@ def main() -> None:
         f"{len(texts)} documents of {_DOCUMENT_TOKENS} tokens, {_QUERIES} queries, D={_DIMENSION}, seed {options.seed}"
     )
     print(f"{'format':<18} bytes per token  same best  ten best kept  Kendall's tau of the hundred best")
+    rows = {}
     for name, (size, scores) in found.items():
         same, kept, tau = agreement(exact, scores)
+        rows[name] = {"bytes_per_token": size, "same_best": same, "ten_best_kept": kept, "kendall_tau_of_100": tau}
         print(f"{name:<18} {size:>15}  {same:>9.2f}  {kept:>13.3f}  {tau:>33.3f}")
+    if options.out:
+        drawn = {"documents": options.documents, "seed": options.seed}
+        report = {"environment": describe(options.commit), "drawn": drawn, "formats": rows}
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,16 +18,10 @@ from ..launch import launch
 from . import config, config_compressed
 from .config_compressed import FLOAT8_BITS, RESIDUAL
 from .layout import layout_of
-from .triton_forward import as_bytes, as_list, unit_stride
+from .triton_forward import _NORM_FLOOR, _larger_or_nan, _load_rows, as_bytes, as_list, unit_stride
 
 _FLOAT8_BITS = tl.constexpr(FLOAT8_BITS)
 _RESIDUAL = tl.constexpr(RESIDUAL)
-_NORM_FLOOR = tl.constexpr(1e-12)  # torch.nn.functional.normalize's own
-
-
-@triton.jit
-def _larger_or_nan(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -38,16 +32,6 @@ def _column_maxima(values, NAN_REDUCTION: tl.constexpr):
     # The interpreter walks a custom reduction element by element; this says the same in two of its fast ones.
     has_nan = tl.max((values != values).to(tl.int32), axis=0) > 0
     return tl.where(has_nan, float("nan"), tl.max(values, axis=0))
-
-
-@triton.jit
-def _load_rows(rows, valid, offset, DIMENSION: tl.constexpr, BLOCK_DIMENSION: tl.constexpr):
-    """[rows, BLOCK_DIMENSION] from row pointers, zeros outside."""
-    dimensions = offset + tl.arange(0, BLOCK_DIMENSION)
-    inside = valid[:, None]
-    if DIMENSION % BLOCK_DIMENSION != 0:
-        inside = inside & (dimensions < DIMENSION)[None, :]
-    return tl.load(rows[:, None] + dimensions[None, :], mask=inside, other=0.0)
 
 
 @triton.jit

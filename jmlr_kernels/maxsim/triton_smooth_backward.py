@@ -18,12 +18,11 @@ from torch import Tensor
 from ..launch import launch
 from . import config, config_smooth
 from .layout import Layout, layout_of
-from .triton_forward import as_bytes, as_list, unit_stride
+from .triton_forward import _load_rows, as_bytes, as_list, unit_stride
 from .triton_smooth_forward import (
     LN_2,
     SIZES,
     contiguous,
-    load_part,
     locate_document,
     row_layout,
 )
@@ -80,7 +79,7 @@ def maxsim_smooth_query_gradient_kernel(
     row_valid = (segment < queries_per_tile) & (query < query_count)
     query_rows = queries + query * stride_query + token * stride_query_token
     if BLOCK_DIMENSION >= DIMENSION:
-        query_tile = load_part(query_rows, row_valid, 0, DIMENSION, BLOCK_DIMENSION)
+        query_tile = _load_rows(query_rows, row_valid, 0, DIMENSION, BLOCK_DIMENSION)
 
     total = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUT], tl.float32)
     touched = tl.zeros([BLOCK_ROWS], tl.int32)
@@ -108,15 +107,15 @@ def maxsim_smooth_query_gradient_kernel(
             # Excluded tokens are read as zeros, so that their NaN stays out of both products.
             token_rows = text + positions.to(tl.int64) * stride_document_token
             if BLOCK_DIMENSION >= DIMENSION:
-                text_tile = load_part(token_rows, kept, 0, DIMENSION, BLOCK_DIMENSION)
+                text_tile = _load_rows(token_rows, kept, 0, DIMENSION, BLOCK_DIMENSION)
                 similarity = tl.dot(query_tile, tl.trans(text_tile), input_precision=PRECISION)
             else:
                 similarity = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32)
                 for offset in range(0, DIMENSION, BLOCK_DIMENSION):
-                    query_part = load_part(query_rows, row_valid, offset, DIMENSION, BLOCK_DIMENSION)
-                    text_part = load_part(token_rows, kept, offset, DIMENSION, BLOCK_DIMENSION)
+                    query_part = _load_rows(query_rows, row_valid, offset, DIMENSION, BLOCK_DIMENSION)
+                    text_part = _load_rows(token_rows, kept, offset, DIMENSION, BLOCK_DIMENSION)
                     similarity = tl.dot(query_part, tl.trans(text_part), similarity, input_precision=PRECISION)
-                text_tile = load_part(token_rows, kept, column * BLOCK_OUTPUT, DIMENSION, BLOCK_OUTPUT)
+                text_tile = _load_rows(token_rows, kept, column * BLOCK_OUTPUT, DIMENSION, BLOCK_OUTPUT)
             share = tl.exp2((similarity - maximum[:, None]) * exponent_scale) * grad[:, None]
             share = tl.where(counts[:, None] & kept[None, :], share, 0.0)
             total = tl.dot(share.to(PRODUCT), text_tile.to(PRODUCT), total, input_precision=PRECISION)
@@ -196,7 +195,7 @@ def maxsim_smooth_document_gradient_kernel(
             kept = kept & (tl.load(document_mask + start + positions, mask=inside, other=0) != 0)
         token_rows = text + positions.to(tl.int64) * stride_document_token
         if BLOCK_DIMENSION >= DIMENSION:
-            text_tile = load_part(token_rows, kept, 0, DIMENSION, BLOCK_DIMENSION)
+            text_tile = _load_rows(token_rows, kept, 0, DIMENSION, BLOCK_DIMENSION)
         total = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUT], tl.float32)
         for row_start in range(0, row_count, BLOCK_ROWS):
             rows = row_start + tl.arange(0, BLOCK_ROWS)
@@ -215,15 +214,15 @@ def maxsim_smooth_document_gradient_kernel(
             # Rows that do not count are read as zeros, so that their NaN stays out of both products.
             query_rows = queries + query * stride_query + token.to(tl.int64) * stride_query_token
             if BLOCK_DIMENSION >= DIMENSION:
-                query_tile = load_part(query_rows, counts, 0, DIMENSION, BLOCK_DIMENSION)
+                query_tile = _load_rows(query_rows, counts, 0, DIMENSION, BLOCK_DIMENSION)
                 similarity = tl.dot(text_tile, tl.trans(query_tile), input_precision=PRECISION)
             else:
                 similarity = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32)
                 for offset in range(0, DIMENSION, BLOCK_DIMENSION):
-                    text_part = load_part(token_rows, kept, offset, DIMENSION, BLOCK_DIMENSION)
-                    query_part = load_part(query_rows, counts, offset, DIMENSION, BLOCK_DIMENSION)
+                    text_part = _load_rows(token_rows, kept, offset, DIMENSION, BLOCK_DIMENSION)
+                    query_part = _load_rows(query_rows, counts, offset, DIMENSION, BLOCK_DIMENSION)
                     similarity = tl.dot(text_part, tl.trans(query_part), similarity, input_precision=PRECISION)
-                query_tile = load_part(query_rows, counts, column * BLOCK_OUTPUT, DIMENSION, BLOCK_OUTPUT)
+                query_tile = _load_rows(query_rows, counts, column * BLOCK_OUTPUT, DIMENSION, BLOCK_OUTPUT)
             share = tl.exp2((similarity - maximum[None, :]) * exponent_scale) * factor[None, :]
             share = tl.where(kept[:, None] & counts[None, :], share, 0.0)
             total = tl.dot(share.to(PRODUCT), query_tile.to(PRODUCT), total, input_precision=PRECISION)

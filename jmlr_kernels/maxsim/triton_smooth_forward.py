@@ -17,23 +17,13 @@ from torch import Tensor
 from ..launch import launch
 from . import config, config_smooth
 from .layout import Layout, layout_of
-from .triton_forward import as_bytes, as_list, unit_stride
+from .triton_forward import _load_rows, as_bytes, as_list, unit_stride
 
 LN_2 = math.log(2)
 
 # Run-time integers that no kernel is compiled anew for.
 SIZES = ["query_count", "query_length", "document_count", "document_length", "row_tiles", "row_chunks"]
 SIZES += ["queries_per_tile", "documents_per_program", "tiles"]
-
-
-@triton.jit
-def load_part(rows, valid, offset, DIMENSION: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns offset .. offset + BLOCK - 1 of the rows, zeros outside and in rows that are not valid."""
-    columns = offset + tl.arange(0, BLOCK)
-    if DIMENSION % BLOCK == 0:
-        return tl.load(rows[:, None] + columns[None, :], mask=valid[:, None], other=0.0)
-    inside = valid[:, None] & (columns < DIMENSION)[None, :]
-    return tl.load(rows[:, None] + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -106,7 +96,7 @@ def maxsim_smooth_forward_kernel(
     if query_weights is not None:
         weight = tl.load(query_weights + query_token, mask=row_counts, other=0.0).to(tl.float32)
     if BLOCK_DIMENSION >= DIMENSION:
-        query_tile = load_part(query_rows, row_valid, 0, DIMENSION, BLOCK_DIMENSION)
+        query_tile = _load_rows(query_rows, row_valid, 0, DIMENSION, BLOCK_DIMENSION)
 
     # 64 bits from here on: an offset into documents or maxima may pass 2**31.
     first_place = first_query.to(tl.int64) * (document_count if CANDIDATES else 0)
@@ -122,13 +112,13 @@ def maxsim_smooth_forward_kernel(
             kept = positions < length
             token_rows = text + positions.to(tl.int64) * stride_document_token
             if BLOCK_DIMENSION >= DIMENSION:
-                text_tile = load_part(token_rows, kept, 0, DIMENSION, BLOCK_DIMENSION)
+                text_tile = _load_rows(token_rows, kept, 0, DIMENSION, BLOCK_DIMENSION)
                 similarity = tl.dot(query_tile, tl.trans(text_tile), input_precision=PRECISION)
             else:
                 similarity = tl.zeros([BLOCK_ROWS, BLOCK_TOKENS], tl.float32)
                 for offset in range(0, DIMENSION, BLOCK_DIMENSION):
-                    query_part = load_part(query_rows, row_valid, offset, DIMENSION, BLOCK_DIMENSION)
-                    text_part = load_part(token_rows, kept, offset, DIMENSION, BLOCK_DIMENSION)
+                    query_part = _load_rows(query_rows, row_valid, offset, DIMENSION, BLOCK_DIMENSION)
+                    text_part = _load_rows(token_rows, kept, offset, DIMENSION, BLOCK_DIMENSION)
                     similarity = tl.dot(query_part, tl.trans(text_part), similarity, input_precision=PRECISION)
             if document_mask is not None:
                 kept = kept & (tl.load(document_mask + mask_start + positions, mask=kept, other=0) != 0)
