@@ -7,7 +7,8 @@
     model.config.s2_group_size = 1024
 
 Sparse in training only, as LongLoRA trains; evaluation, generation and every call with a cache are dense. The group
-size is a field of the config, saved with the model, or a keyword of the call, ``model(..., s2_group_size=1024)``.
+size is a field of the config, saved with the model, or a keyword of the call, ``model(..., s2_group_size=1024)``. So
+is ``s2_boundary``: "split" where nothing is set, or "wrap", which leaks and is there for comparison.
 
 Padding stands on the right: rows are taken to hold ``attention_mask.sum(-1)`` tokens from their start. On a CPU a mask
 with padding on the left or with holes raises; on a GPU that check would wait for the device at every layer, so it
@@ -81,6 +82,7 @@ def s2_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     s2_group_size: int | None = None,
+    s2_boundary: str | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -103,15 +105,17 @@ def s2_attention(
     group_size = s2_group_size if s2_group_size is not None else getattr(module.config, "s2_group_size", None)
     if group_size is None:
         raise ValueError("attention 's2' needs a group size: set config.s2_group_size, in tokens, before training")
+    boundary = s2_boundary if s2_boundary is not None else getattr(module.config, "s2_boundary", None) or "split"
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if cu_seq_lens_q is not None:
         _only_one_row(q)
         out = shifted_sparse_attention(
-            q[0], k[0], v[0], group_size, cu_seqlens=cu_seq_lens_q.to(torch.int32), scale=scaling
+            q[0], k[0], v[0], group_size, cu_seqlens=cu_seq_lens_q.to(torch.int32), boundary=boundary, scale=scaling
         )
         return out[None], None
     seq_lens = None if attention_mask is None else _row_lengths(attention_mask, q.shape[1])
-    return shifted_sparse_attention(q, k, v, group_size, seq_lens=seq_lens, scale=scaling), None
+    out = shifted_sparse_attention(q, k, v, group_size, seq_lens=seq_lens, boundary=boundary, scale=scaling)
+    return out, None
 
 
 def _dense(

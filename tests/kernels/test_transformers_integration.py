@@ -151,6 +151,20 @@ def test_group_size_as_a_keyword_and_in_the_saved_config(tmp_path):
     assert transformers.AutoConfig.from_pretrained(tmp_path).s2_group_size == GROUP
 
 
+def test_boundary_as_a_keyword_and_in_the_saved_config(tmp_path):
+    ids = tokens()
+    split, wrap = (logits(tiny_llama(s2_boundary=boundary).train(), ids) for boundary in ("split", "wrap"))
+    assert not torch.allclose(split, wrap, atol=1e-3)
+    model = tiny_llama().train()
+    torch.testing.assert_close(logits(model, ids), split)
+    torch.testing.assert_close(logits(model, ids, s2_boundary="wrap"), wrap)
+    tiny_llama(s2_boundary="wrap").save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="s2").train()
+    torch.testing.assert_close(logits(loaded, ids), wrap)
+    with pytest.raises(ValueError, match="boundary='wrapped'"):
+        logits(model, ids, s2_boundary="wrapped")
+
+
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
