@@ -15,13 +15,13 @@ TOKENS_PER_DOCUMENT = 64
 FEWEST_DOCUMENTS = 64
 
 
-def may_wait(tensor: torch.Tensor) -> bool:
-    """Whether a value may be read: on a CPU, or where no gradient is wanted; never in a graph of any kind."""
+def may_wait(tensor: torch.Tensor, training: bool) -> bool:
+    """Whether a value may be read: on a CPU always, on a GPU outside training; never in a graph of any kind."""
     if torch.compiler.is_compiling():
         return False
     if tensor.device.type == "cpu":
         return True
-    return not torch.is_grad_enabled() and tensor.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return not training and tensor.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 def restarts(position_ids: torch.Tensor) -> torch.Tensor:
@@ -31,11 +31,12 @@ def restarts(position_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, position_ids.diff(dim=-1) != 1], dim=-1)
 
 
-def documents_of(begins: torch.Tensor, most: int | None = None) -> torch.Tensor | None:
+def documents_of(begins: torch.Tensor, training: bool, most: int | None = None) -> torch.Tensor | None:
     """The documents of rows [B, S] laid end to end: cu_seqlens, int32 [N + 1], from 0 to B * S.
 
     Args:
         begins: bool [B, S], the tokens that begin a document; true in the first column.
+        training: whether the device must not be waited for.
         most: N where the documents cannot be counted without waiting; by default B * S / 64, and not under 64.
 
     Returns:
@@ -49,7 +50,7 @@ def documents_of(begins: torch.Tensor, most: int | None = None) -> torch.Tensor 
         raise ValueError(f"s2_max_documents={most!r}: give an int, and at least one document for each row of the batch")
     document = begins.flatten().cumsum(0, dtype=torch.int32) - 1
     total = document.shape[0]
-    if may_wait(document):
+    if may_wait(document, training):
         count = int(document[-1]) + 1
         if count == begins.shape[0]:
             return None

@@ -101,7 +101,8 @@ def s2_mask(
         raise ValueError(_window_message(local_size, config))
     if q_length is None:  # up to transformers 5.x the queries came as their places
         assert cache_position is not None
-        q_length, options["cache_position"] = cache_position.shape[0], cache_position
+        q_length = cache_position.shape[0]
+        options["cache_position"] = cache_position
     else:
         options["q_length"] = q_length
     pattern = _pattern(mask_function, options.get("use_vmap", False), attention_mask)
@@ -117,8 +118,8 @@ def s2_mask(
     if pattern == "packed":
         return _documents_of_mask(mask_function, q_length, config=config, **options)
     # In training, whether anything is padded is never asked: the answer would wait for the device.
-    if attention_mask is not None and not torch.is_grad_enabled() and may_wait(attention_mask) and attention_mask.all():
-        return None
+    if attention_mask is not None and not torch.is_grad_enabled() and may_wait(attention_mask, training=False):
+        return None if bool(attention_mask.all()) else attention_mask
     return attention_mask
 
 
@@ -145,7 +146,7 @@ def _documents_of_mask(
     row = torch.arange(batch_size, device=device)[:, None]
     token = torch.arange(length, device=device)[None, :]
     joined = mask_function(row, 0, token, (token - 1).clamp(min=0)).expand(batch_size, length)
-    return documents_of(~joined | (token == 0), getattr(config, "s2_max_documents", None))
+    return documents_of(~joined | (token == 0), torch.is_grad_enabled(), getattr(config, "s2_max_documents", None))
 
 
 # --------------------------------------------------------------------------- the attention function, in every layer
@@ -184,7 +185,7 @@ def s2_attention(
     generating = bool(options.get("use_cache")) and not torch.is_grad_enabled()
     sparse = module.training and whole and not generating
 
-    documents = None
+    documents: torch.Tensor | None = None
     if cu_seq_lens_q is not None:
         if query.shape[0] != 1 or not whole:
             raise ValueError(
@@ -195,8 +196,9 @@ def s2_attention(
     elif attention_mask is not None and attention_mask.dim() == 1:
         documents = attention_mask
     elif attention_mask is None and whole and _unseen_by_the_mask(position_ids, length, sparse, options):
+        assert position_ids is not None
         begins = restarts(position_ids).expand(query.shape[0], -1)
-        documents = documents_of(begins, getattr(module.config, "s2_max_documents", None))
+        documents = documents_of(begins, module.training, getattr(module.config, "s2_max_documents", None))
 
     if not sparse and documents is None:
         return _dense(module, query, key, value, attention_mask, scaling, dropout), None
@@ -206,9 +208,10 @@ def s2_attention(
     boundary = _boundary(module, s2_boundary) if sparse else "split"
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if documents is not None:
-        rows = [x.flatten(0, 1) for x in (q, k, v)]
-        out = shifted_sparse_attention(*rows, group_size, cu_seqlens=documents, boundary=boundary, scale=scaling)
-        return out.unflatten(0, q.shape[:2]), None
+        batch = q.shape[:2]
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        out = shifted_sparse_attention(q, k, v, group_size, cu_seqlens=documents, boundary=boundary, scale=scaling)
+        return out.unflatten(0, batch), None
     seq_lens = None if attention_mask is None else _row_lengths(attention_mask, length)
     return shifted_sparse_attention(q, k, v, group_size, seq_lens=seq_lens, boundary=boundary, scale=scaling), None
 
@@ -296,13 +299,15 @@ def _target_dtype(module: torch.nn.Module, query: torch.Tensor) -> torch.dtype:
         return query.dtype
     if torch.is_autocast_enabled(query.device.type):
         return torch.get_autocast_dtype(query.device.type)
-    config = module.config
+    config: Any = module.config
     if hasattr(config, "_pre_quantization_dtype"):
         return config._pre_quantization_dtype
     if hasattr(config, "_is_quantized"):
         return config.dtype
-    linear = next((layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)), None)
-    return query.dtype if linear is None else linear.weight.dtype
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear) and layer.weight.is_floating_point():
+            return layer.weight.dtype
+    return query.dtype
 
 
 def _two_dimensional(mask: torch.Tensor, total: int) -> torch.Tensor:
@@ -317,7 +322,7 @@ def _two_dimensional(mask: torch.Tensor, total: int) -> torch.Tensor:
 def _row_lengths(mask: torch.Tensor, total: int) -> torch.Tensor:
     """A right-padding mask's lengths, int32 [B]."""
     mask = _two_dimensional(mask, total)
-    if not torch.compiler.is_compiling() and (mask.device.type == "cpu" or _check_asked_for()):
+    if may_wait(mask, training=not _check_asked_for()):
         if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("attention_mask has padding before a token: attention 's2' trains with right padding only")
     return mask.sum(-1, dtype=torch.int32)

@@ -16,12 +16,9 @@ def trained(model, ids, mask):
     return out.detach(), gradients(model)
 
 
-@pytest.mark.parametrize("boundary", ["split", "wrap"])
 @pytest.mark.parametrize("lengths", [None, (29, 17)])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "boundary"), [*((kind, "split") for kind in MODELS), ("llama", "wrap")])
 def test_training_equals_the_definition(kind, lengths, boundary):
-    if boundary == "wrap" and kind not in ("llama", "qwen3"):
-        pytest.skip("the boundary is the kernel's affair: two classes are enough")
     ids = tokens()
     mask = None if lengths is None else right_padding(*lengths)
     model = tiny(kind, s2_boundary=boundary).train()
@@ -61,12 +58,9 @@ def generated(model, ids, mask, **options):
     return out.sequences, torch.stack(out.logits)
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(("kind", "training"), [*((kind, False) for kind in MODELS), ("llama", True)])
 def test_generation_equals_sdpa(kind, cache, training):
-    if training and kind != "llama":
-        pytest.skip("what a model in training mode does is no affair of its class")
     ids = tokens(2, 12)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0  # generation pads on the left

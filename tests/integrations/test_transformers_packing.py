@@ -1,4 +1,4 @@
-"""Packed rows in real models: by ``position_ids`` alone, by ``cu_seq_lens_q``, from the real collator, without a wait."""
+"""Packed rows in real models: by ``position_ids`` alone, by ``cu_seq_lens_q``, from the real collator; nobody waits."""
 
 from __future__ import annotations
 
@@ -36,11 +36,16 @@ def flash_arguments(lengths, dtype=torch.int32):
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
 
 
+def never_wait(monkeypatch):
+    for module in (packing, plugin):
+        monkeypatch.setattr(module, "may_wait", lambda *_, **__: False)
+
+
 @pytest.fixture(params=["counted", "bounded"])
 def counting(request, monkeypatch):
     """As on a CPU, where documents are counted, and as in training on a GPU, where that would wait."""
     if request.param == "bounded":
-        monkeypatch.setattr(packing, "may_wait", lambda _: False)
+        never_wait(monkeypatch)
     return request.param
 
 
@@ -69,7 +74,9 @@ def test_gradients_of_packed_documents_equal_those_of_documents_alone(counting):
 def test_a_cache_changes_nothing_while_training(counting):
     model = tiny().train()
     ids, rows = tokens(1, 40), DOCUMENTS[:1]
-    torch.testing.assert_close(logits(model, ids, position_ids=positions(rows), use_cache=True), alone(model, ids, rows))
+    torch.testing.assert_close(
+        logits(model, ids, position_ids=positions(rows), use_cache=True), alone(model, ids, rows)
+    )
 
 
 @pytest.mark.skipif(not plugin._MASKS_KNOW_PACKING, reason="sdpa of this transformers knows no packing")
@@ -138,7 +145,7 @@ def test_batches_of_the_flattening_collator(training, flash):
 
 
 def test_more_documents_than_there_is_room_for_raise(monkeypatch):
-    monkeypatch.setattr(packing, "may_wait", lambda _: False)
+    never_wait(monkeypatch)
     ids, rows = tokens(1, 200), [(2,) * 100]
     with pytest.raises(RuntimeError, match="set config.s2_max_documents, or pass cu_seq_lens_q"):
         logits(tiny(max_position_embeddings=256).train(), ids, position_ids=positions(rows))
@@ -154,24 +161,26 @@ def test_room_that_is_no_number_raises(most):
 
 def test_documents_from_their_beginnings(counting):
     begins = packing.restarts(positions(DOCUMENTS))
-    ends = packing.documents_of(begins)
+    ends = packing.documents_of(begins, training=True)
     assert ends.dtype == torch.int32
     assert ends.unique().tolist() == [0, 13, 40, 41, 44, 52, 80, 120]
     assert ends.shape == ((8,) if counting == "counted" else (packing.FEWEST_DOCUMENTS + 1,))
     assert (ends.diff() >= 0).all() and ends[-1] == 120
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_training_never_reads_the_device(packed, use_cache):
-    """A fake tensor has no values: whatever asks for one raises. Masks and positions as a GPU would hold them."""
+@pytest.mark.parametrize("given", ["position_ids", "attention_mask", "cu_seq_lens_q"])
+def test_training_never_reads_the_device(given, use_cache, checkpointing, monkeypatch):
+    """A fake tensor has no values: whatever asks for one raises."""
+    never_wait(monkeypatch)
     with FakeTensorMode():
-        with torch.device("meta"):
-            model = tiny().train()
-            ids = torch.zeros(2, 40, dtype=torch.int64)
-            options = {"position_ids": torch.zeros(2, 40, dtype=torch.int64)}
-            if not packed:
-                options = {"attention_mask": torch.ones(2, 40, dtype=torch.int64)}
-            out = logits(model, ids, use_cache=use_cache, **options)
-        assert out.shape == (2, 40, 64)
+        model = tiny().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        ids = torch.zeros(1, 40, dtype=torch.int64)
+        options = {given: torch.zeros(5, dtype=torch.int32) if given == "cu_seq_lens_q" else torch.ones_like(ids)}
+        out = logits(model, ids, use_cache=use_cache, **options)
+        assert out.shape == (1, 40, 64)
         out.sum().backward()
