@@ -34,7 +34,7 @@ from jmlr_kernels.integrations.transformers import register
 ANSWERS, FILLERS = 8, 24
 LENGTH, GROUP = 16, 4
 VARIANTS = ("split", "wrap", "llama-factory")
-TRAININGS = [("split", 8), ("split", 12), ("wrap", 4), ("wrap", 7), ("wrap", 8), ("wrap", 12), ("llama-factory", 8)]
+TRAININGS = [("split", 8), ("split", 12), ("wrap", 7), ("wrap", 8), ("wrap", 12), ("llama-factory", 8)]
 
 
 def tiny_llama(variant: str, layers: int, *, length: int, group_size: int, hidden: int, seed: int) -> LlamaForCausalLM:
@@ -124,7 +124,7 @@ def answer_losses(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     return functional.cross_entropy(model.lm_head(states), ids[:, -1], reduction="none")
 
 
-def train(variant: str, layers: int, seed: int, *, steps: int = 700, batch: int = 64) -> dict[str, Any]:
+def train(variant: str, layers: int, seed: int, *, steps: int = 600, batch: int = 64) -> dict[str, Any]:
     """Trains on the answers alone. Ends early once the mean loss of what is not stated is below 0.05 nats.
 
     Returns:
@@ -137,7 +137,7 @@ def train(variant: str, layers: int, seed: int, *, steps: int = 700, batch: int 
     draw = torch.Generator().manual_seed(1000 + seed)
     recent: deque[tuple[float, float, float]] = deque(maxlen=50)
     done = 0
-    for done in range(1, steps + 1):
+    for _ in range(steps):
         ids, stated = sequences(batch, LENGTH, draw)
         losses = answer_losses(model, ids)
         optimizer.zero_grad()
@@ -145,6 +145,7 @@ def train(variant: str, layers: int, seed: int, *, steps: int = 700, batch: int 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        done += 1
         recent.append((losses.mean().item(), losses[stated].mean().item(), losses[~stated].mean().item()))
         if len(recent) == 50 and sum(loss[2] for loss in recent) / 50 < 0.05:
             break
@@ -199,14 +200,14 @@ def tables(result: dict[str, Any]) -> str:
     lines += [f"| {r['groups']} | {r['layers_needed']} | {r['two_for_each_group']} |" for r in result["layers_needed"]]
     lines += [
         "",
-        "| attention | layers | seed | steps | training: all | stated | not stated | dense: all | stated | not stated |",
+        "| attention | layers | seed | steps | trained: all | stated | not stated | dense: all | stated | not stated |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["by_training"]:
         losses = [f"{row[side][key]:.2f}" for side in ("training", "evaluation") for key in row[side]]
         lines.append(f"| {row['variant']} | {row['layers']} | {row['seed']} | {row['steps']} | {' | '.join(losses)} |")
     best = result["best_possible"]
-    lines.append(f"| the best possible | | | | " + " | ".join([f"{best[key]:.2f}" for key in best] * 2) + " |")
+    lines.append("| the best possible | | | | " + " | ".join([f"{best[key]:.2f}" for key in best] * 2) + " |")
     return "\n".join(lines)
 
 
@@ -215,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/label-leak.json"), help="JSON file")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind")
-    parser.add_argument("--steps", type=int, default=700, help="of each training")
+    parser.add_argument("--steps", type=int, default=600, help="of each training")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trainings side by side")
     options = parser.parse_args()
     started = time.monotonic()

@@ -1,9 +1,9 @@
 """LLaMA-Factory's ``shift_attn``, re-stated: what its S2 attention computes, not how. For the label-leak proof only.
 
-Read at hiyouga/LLaMA-Factory, src/llamafactory/model/model_utils/longlora.py, commits ff6d4d12e and 01fa38a25: all three
-of its forwards roll the shifted heads, attend inside groups, and then call ``attn_output.reshape(...)`` without keeping
-the result. The roll back thus turns inside each group instead of along the sequence: in the shifted heads the first
-half of every group gets the output of a token one group later.
+Read in hiyouga/LLaMA-Factory, src/llamafactory/model/model_utils/longlora.py, at commits ff6d4d12e and 01fa38a25: all
+three of its forwards roll the shifted heads, attend inside groups, and then call ``attn_output.reshape(...)`` without
+keeping the result. The roll back thus turns inside each group instead of along the sequence: in the shifted heads the
+first half of every group gets the output of a token one group later.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def shift_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group_siz
 
 
 def register() -> None:
-    """As ``attn_implementation=NAME`` in transformers, dense in evaluation, group size from ``config.s2_group_size``."""
+    """As ``attn_implementation=NAME`` in transformers: dense in evaluation, groups of ``config.s2_group_size``."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from jmlr_kernels.integrations.transformers import s2_attention, s2_mask

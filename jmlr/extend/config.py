@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Literal
+from typing import Any, Literal
 
 from jmlr.config import LLMConfig, recipe_text
 from jmlr.settings import Problem, number, read
 
 Variant = Literal["full", "split", "wrap"]
+Schedule = Literal["constant_with_warmup", "cosine", "linear"]
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class ModelConfig:
     def from_scratch(self) -> bool:
         return not (self.path or self.package)
 
-    def llm(self, **changes: object) -> LLMConfig:
+    def llm(self, **changes: Any) -> LLMConfig:
         """The same in the words of :mod:`jmlr.llm`."""
         names = ("path", "package", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "dtype")
-        same = {name: getattr(self, name) for name in names}
+        same: dict[str, Any] = {name: getattr(self, name) for name in names}
         return LLMConfig(**{**same, "max_length": self.context_length, "attention": "sdpa", **changes})
 
 
@@ -57,6 +58,7 @@ class BaseConfig:
     steps: int = number(600, low=1)
     batch_size: int = number(8, low=1)  # windows of context_length tokens
     rate: float = number(3e-3, above=0)
+    schedule: Schedule = "cosine"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class ExtensionConfig:
     batch_size: int = number(2, low=1)  # windows of target_length tokens
     gradient_accumulation: int = number(1, low=1)
     rate: float = number(1e-3, above=0)
+    schedule: Schedule = "constant_with_warmup"
     lora_rank: int = number(8, low=0)  # on q, k, v and o; 0: every weight is trained
     lora_alpha: float = number(16.0, above=0)
     train_embeddings_and_norms: bool = True  # beside LoRA: what LongLoRA calls LoRA+
@@ -89,7 +92,6 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = number(0.0, low=0)
     warmup_steps: int = number(20, low=0)
-    schedule: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
     max_grad_norm: float = number(1.0, above=0)
     log_steps: int = number(10, low=1)
     logits_chunk: int = number(2048, low=1)  # tokens whose logits exist at once

@@ -78,29 +78,22 @@ def join(passages: Sequence[Passage], words: int) -> list[Document]:
     Physiology 2e"), else the source. What is left at a book's end joins its last document.
     """
     documents: list[Document] = []
-    pending: list[list[Passage]] = []
-
-    def flush(book: str, *, at_end: bool) -> None:
-        size = sum(len(p.text.split()) for section in pending for p in section)
-        if not pending or (size < words and not at_end):
-            return
-        whole = [passage for section in pending for passage in section]
+    pending: list[Passage] = []
+    size = 0
+    sections = _sections(passages)
+    for number, section in enumerate(sections):
+        pending += section
+        size += sum(len(passage.text.split()) for passage in section)
+        book = _book(section[0])
+        ends = number + 1 == len(sections) or _book(sections[number + 1][0]) != book
+        if size < words and not ends:
+            continue
+        text, ids = _running_text(pending), tuple(passage.id for passage in pending)
         if size < words and documents and documents[-1].book == book:
             last = documents.pop()
-            text, ids = f"{last.text}\n\n{_running_text(whole)}", (*last.passages, *(p.id for p in whole))
-            documents.append(Document(last.id, book, text, ids))
-        else:
-            documents.append(Document(whole[0].id, book, _running_text(whole), tuple(p.id for p in whole)))
-        pending.clear()
-
-    book = ""
-    for section in _sections(passages):
-        if _book(section[0]) != book:
-            flush(book, at_end=True)
-            book = _book(section[0])
-        pending.append(section)
-        flush(book, at_end=False)
-    flush(book, at_end=True)
+            text, ids = f"{last.text}\n\n{text}", (*last.passages, *ids)
+        documents.append(Document(ids[0], book, text, ids))
+        pending, size = [], 0
     return documents
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ from jmlr.trainer import fsync_tree, last_checkpoint
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # PEFT asks for it
 
 RESULTS = "results.json"
 STAGE = "result.json"
@@ -133,7 +135,13 @@ class Extension:
         if record is None:
             torch.manual_seed(config.seed)
             model = build_llm(config.model.llm(), self.tokenizer)
-            job = Job(config.base.steps, config.base.batch_size, config.base.rate, save_steps=config.extend.save_steps)
+            job = Job(
+                config.base.steps,
+                config.base.batch_size,
+                config.base.rate,
+                config.extend.save_steps,
+                config.base.schedule,
+            )
             record = self._train("base", model, job, config.model.context_length)
             record["parameters"] = sum(p.numel() for p in model.parameters())
             self._keep("base", model, record)
@@ -172,6 +180,7 @@ class Extension:
                 extend.batch_size,
                 extend.rate,
                 extend.save_steps,
+                extend.schedule,
                 extend.gradient_accumulation,
                 extend.gradient_checkpointing,
             )
@@ -244,11 +253,12 @@ class Extension:
         return record
 
     def _keep(self, name: str, model: nn.Module | None, record: dict[str, Any]) -> None:
-        """The model as an ordinary directory of transformers, adapters merged; then the record, which says it is done."""
+        """The model as an ordinary directory of transformers, adapters merged; then the record: it is done."""
         directory = self.run_dir / name
         directory.mkdir(parents=True, exist_ok=True)
         if model is not None:
-            whole: Any = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+            wrapper: Any = model
+            whole = wrapper.merge_and_unload() if hasattr(wrapper, "merge_and_unload") else wrapper
             whole.set_attn_implementation("sdpa")
             whole.save_pretrained(directory / "final")
             self.tokenizer.save_pretrained(directory / "final")

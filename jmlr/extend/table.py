@@ -65,8 +65,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     documents, blocks = len(result["documents"]["held_out"]), len(result["rows"][0]["perplexity"][0]["nats"])
     target, confidence = config["extend"]["target_length"], 100 * config["evaluate"]["confidence"]
     lines = [
-        f"{blocks} windows of {target:,} tokens in {documents} held-out documents, the same tokens at every length; dense"
-        f" attention; {confidence:g} % intervals by bootstrap over documents."
+        f"{blocks} windows of {target:,} tokens in {documents} held-out documents, the same tokens at every length; "
+        f"dense attention; {confidence:g} % intervals by bootstrap over documents."
     ]
     for one in result["comparisons"]:
         lines.append(

@@ -31,6 +31,7 @@ class Job:
     batch_size: int
     rate: float
     save_steps: int
+    schedule: str = "constant_with_warmup"
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
 
@@ -108,14 +109,12 @@ class WindowTrainer(Trainer):
             max_steps=job.steps,
             per_device_train_batch_size=job.batch_size,
             gradient_accumulation_steps=job.gradient_accumulation,
-            gradient_checkpointing=job.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if job.gradient_checkpointing else None,
             learning_rate=job.rate,
             weight_decay=optimizer.weight_decay,
             adam_beta1=optimizer.betas[0],
             adam_beta2=optimizer.betas[1],
             max_grad_norm=optimizer.max_grad_norm,
-            lr_scheduler_type=optimizer.schedule,
+            lr_scheduler_type=job.schedule,
             warmup_steps=min(optimizer.warmup_steps, job.steps // 2),
             logging_steps=optimizer.log_steps,
             save_strategy="steps",
@@ -132,6 +131,8 @@ class WindowTrainer(Trainer):
         )
         if arguments.n_gpu > 1:  # one process drives one GPU: several would wrap the step in DataParallel
             arguments._n_gpu = 1
+        if job.gradient_checkpointing:
+            _checkpoint_layers(causal_model(model))
         super().__init__(model=model, args=arguments, train_dataset=windows, callbacks=[_Report(report)])
         self.remove_callback(PrinterCallback)  # the progress line takes its place
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch: divide it when accumulating
@@ -168,6 +169,12 @@ class WindowTrainer(Trainer):
 
     def _trained(self) -> list[tuple[str, Tensor]]:
         return [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+
+
+def _checkpoint_layers(causal: Any) -> None:
+    """Layers are computed again in the backward pass; the method's name is about to change in transformers."""
+    enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 class _Report(TrainerCallback):
