@@ -87,7 +87,9 @@ def query_tiles(length: int, group_size: int, block_m: int, block_n: int, shift:
         if _group_end(low, shift, group_size, length) == high:
             below = min(low + _tiles(block_n, block_m) * block_m, high)
             masked_again = below + (high - below) // block_m * block_m
-        walked += _tiles(below - low, block_m) + (masked_again - below) // block_m + _tiles(high - masked_again, block_m)
+        walked += (
+            _tiles(below - low, block_m) + (masked_again - below) // block_m + _tiles(high - masked_again, block_m)
+        )
     return walked
 
 

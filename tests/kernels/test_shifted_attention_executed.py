@@ -89,7 +89,7 @@ def test_useful_is_never_more_than_executed(blocks: tuple[int, int]) -> None:
 
 
 def test_tiles_counted_by_hand() -> None:
-    """Tiles of 128 divide groups of 1024 and their halves: of 8 x 8 tiles in a group, 36 are on or below the diagonal."""
+    """Tiles of 128 divide groups of 1024 and their halves: of 8 x 8 tiles, 36 are on or below the diagonal."""
     for count in (key_tiles, query_tiles):
         assert count(4096, 1024, 128, 128) == 4 * 36
         assert count(4096, 1024, 128, 128, shift=512) == 10 + 3 * 36 + 10
