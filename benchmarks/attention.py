@@ -104,7 +104,7 @@ def candidates(case: AttentionCase, device: torch.device, compiled: int) -> dict
     if regular and case.kv_heads % 2 == 0:
         found["sdpa-groups"] = Candidate(lambda: baselines.sdpa_groups(case, device), peer=on_gpu)
     if dense:
-        yardsticks = {"": None}
+        yardsticks: dict[str, SDPBackend | None] = {"": None}
         if on_gpu:
             yardsticks = {"-cudnn": SDPBackend.CUDNN_ATTENTION, "-flash": SDPBackend.FLASH_ATTENTION}
         for suffix, backend in yardsticks.items():

@@ -36,7 +36,7 @@ def mask_of(case: AttentionCase, device: torch.device) -> Callable[[Tensor, Tens
     shift = group_size - group_size // 2
     ends = torch.tensor(case.lengths(), device=device)
     starts = torch.tensor([start for start, _ in case.documents()], device=device)
-    document = torch.arange(len(ends), device=device).repeat_interleave(ends) if case.layout == "packed" else None
+    document = torch.arange(len(ends), device=device).repeat_interleave(ends)  # of each packed token
 
     def same_group(head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         moved = torch.where(head >= half, shift, 0)
@@ -171,7 +171,8 @@ def longlora_copies(case: AttentionCase, device: torch.device, call: Call) -> Fu
         qkv = torch.stack([q, k, v], dim=2).view(batch, length, 3, 2, half, dim)
         rows = qkv.permute(0, 3, 1, 2, 4, 5).reshape(2 * batch * length, 3, half, dim)
         unpadded = rows.index_select(0, kept)
-        out = call(*unpadded.unbind(1), bounds, case.group_size)
+        q, k, v = unpadded.unbind(1)
+        out = call(q, k, v, bounds, case.group_size)
         padded = torch.zeros_like(out).index_copy(0, kept, out)
         return padded.view(batch, 2, length, half, dim).transpose(1, 2).reshape(batch, length, heads, dim)
 

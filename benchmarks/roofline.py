@@ -159,7 +159,7 @@ def share(work: Work | AttentionWork, milliseconds: float, ceilings: Ceilings, d
 
 def record(work: Work | AttentionWork, element_size: int) -> dict[str, Any]:
     """JSON-ready account of a case's work."""
-    account = {
+    account: dict[str, Any] = {
         "element_size": element_size,
         "forward_flops": work.forward_flops,
         "backward_flops": work.backward_flops,

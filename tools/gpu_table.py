@@ -7,13 +7,19 @@ from typing import Any
 HEADINGS = {
     "attention": [
         "case",
-        "direction",
+        "step",
         "jmlr ms",
-        "torch ms",
-        "best other ms",
-        "ratio",
         "TFLOP/s",
-        "peak MiB",
+        "executed",
+        "matrix %",
+        "roof %",
+        "best other",
+        "ratio",
+        "warm",
+        "other",
+        "MiB",
+        "least other",
+        "torch",
         "best other",
     ],
     "maxsim": [
@@ -32,7 +38,7 @@ HEADINGS = {
         "best other",
     ],
 }
-SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
 
 
 def align(rows: list[list[str]]) -> str:
@@ -57,25 +63,27 @@ def _with_bar(text: str, bar: str | None) -> str:
     return f"{text} ({bar})" if bar and text != "-" else text
 
 
-def _tflops(record: dict[str, Any], summary: dict[str, Any], direction: str) -> str:
-    """Useful TFLOP/s of what this row adds: the backward's for forward+backward."""
-    part = "backward" if direction == "forward+backward" else "forward"
-    rate = record["useful_tflops"].get(part)
-    bar = summary.get("bar_tflops", {}).get(part)
-    return _number(rate, 0) + (f" ({bar:.0f})" if bar and rate else "")
+def _percent(share: float | None) -> str:
+    return _number(None if share is None else 100 * share, 0)
 
 
 def _attention_row(case: dict[str, Any], direction: str, summary: dict[str, Any]) -> list[str]:
-    ours = case["candidates"]["jmlr"]
+    bar, least_ratio, bar_bytes = (summary.get(key) for key in ("bar_tflops", "least_ratio", "bar_bytes"))
     return [
         case["case"],
-        direction,
+        SHORT[direction],
         _number(summary["jmlr_ms"]),
-        _number(summary["torch_ms"]),
+        _with_bar(_number(summary.get("useful_tflops"), 0), f"{bar:.0f}" if bar else None),
+        _number(summary.get("executed_tflops"), 0),
+        _percent(summary.get("matrix_share")),
+        _percent(summary.get("roofline_share")),
         _number(summary["best_baseline_ms"]),
-        _number(summary["ratio_to_best"], 2),
-        _tflops(ours, summary, direction),
-        _mebibytes(summary["jmlr_peak_bytes"]),
+        _with_bar(_number(summary["ratio_to_best"], 2), f"{least_ratio:g}" if least_ratio else None),
+        _number(summary["jmlr_warm_ms"]),
+        _number(summary["best_warm_ms"]),
+        _with_bar(_mebibytes(summary["jmlr_peak_bytes"]), None if bar_bytes is None else _mebibytes(bar_bytes)),
+        _mebibytes(summary["least_peak_bytes"]),
+        _number(summary["torch_ms"]),
         summary["best_baseline"] or "-",
     ]
 
@@ -89,7 +97,7 @@ def _maxsim_row(case: dict[str, Any], direction: str, summary: dict[str, Any]) -
         _with_bar(_number(summary["jmlr_ms"]), f"{bar:g}" if bar else None),
         _number(summary["best_baseline_ms"]),
         _with_bar(_number(summary["ratio_to_best"], 2), f"{least_ratio:g}" if least_ratio else None),
-        _number(None if share is None else 100 * share, 0),
+        _percent(share),
         _number(summary["jmlr_warm_ms"]),
         _number(summary["best_warm_ms"]),
         _number(summary["jmlr_eager_ms"]),
@@ -108,12 +116,10 @@ def operation_table(report: dict[str, Any]) -> str:
         row(case, direction, summary) for case in report["cases"] for direction, summary in case["summary"].items()
     ]
     text = f"{report['operation']}, {report['dtype']}, medians (bars in brackets)\n{align(rows)}"
-    return "\n".join([text, *_ceilings(report), *_compiled(report), *_problems(report)])
+    return "\n".join([text, *_ceilings(report), *_compiled(report), *_yardstick(report), *_problems(report)])
 
 
 def _ceilings(report: dict[str, Any]) -> list[str]:
-    if report["operation"] != "maxsim":
-        return []
     lines = []
     for kind, ceilings in report["ceilings"].items():
         if ceilings:
@@ -127,6 +133,26 @@ def _compiled(report: dict[str, Any]) -> list[str]:
     modes = [mode for case in report["cases"] for mode in case["compiled_modes"]]
     counts = ", ".join(f"{mode} in {modes.count(mode)}" for mode in dict.fromkeys(modes))
     return [f"  torch.compile of {len(report['cases'])} cases: {counts or 'none'}"] if report["cases"] else []
+
+
+def _yardstick(report: dict[str, Any]) -> list[str]:
+    """What dense causal attention, another function, takes on the same tensors: the best of its kinds."""
+    lines = []
+    for case in report["cases"]:
+        dense = {name: record for name, record in case["candidates"].items() if name.startswith("sdpa-dense")}
+        if not dense or not case["summary"]:
+            continue
+        times = {
+            SHORT[direction]: min(
+                (record[direction]["median"] for record in dense.values() if direction in record), default=None
+            )
+            for direction in case["summary"]
+        }
+        taken = ", ".join(
+            f"{direction} {milliseconds:.3f} ms" for direction, milliseconds in times.items() if milliseconds
+        )
+        lines += [f"  dense causal attention, {case['case']}: {taken}"] if taken else []
+    return lines
 
 
 def _problems(report: dict[str, Any]) -> list[str]:

@@ -20,12 +20,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from benchmarks.candidate import Candidate, Function
 
@@ -59,33 +61,44 @@ def kv_heads_of(heads: range, ratio: int) -> slice | list[int]:
 
 
 @dataclass(frozen=True)
-class _Half:
-    """One half of the heads: which ones of q, which of k and v, and where its groups end."""
+class _HeadHalves:
+    """How both halves of the heads are cut out of q and of k and v, and where the groups of each end."""
 
-    heads: slice
-    kv_heads: slice | Tensor
-    ends: Tensor
-    longest: int
+    heads: list[slice]
+    kv_heads: list[slice | Tensor]
+    ends: list[Tensor]
+    longest: list[int]
 
-    def of(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        if isinstance(self.kv_heads, slice):
-            k, v = k[:, self.kv_heads], v[:, self.kv_heads]
+    def of(self, q: Tensor, k: Tensor, v: Tensor) -> Halves:
+        parts = (_cut(q, self.heads), _cut(k, self.kv_heads), _cut(v, self.kv_heads), self.ends, self.longest)
+        return list(zip(*parts, strict=True))
+
+
+def _cut(x: Tensor, parts: Sequence[slice | Tensor]) -> list[Tensor]:
+    """Both parts of x [T, heads, D]. As one split where they are side by side: its gradient is one concatenation,
+    that of two slices two zeroed tensors and their sum."""
+    first, second = parts
+    if isinstance(first, slice) and isinstance(second, slice) and first.stop == second.start:
+        return list(x.split([first.stop - first.start, second.stop - second.start], dim=1))
+    found = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.append(x.index_select(1, part))
         else:
-            k, v = k.index_select(1, self.kv_heads), v.index_select(1, self.kv_heads)
-        return q[:, self.heads], k, v, self.ends, self.longest
+            found.append(x if part == slice(0, x.shape[1]) else x[:, part])
+    return found
 
 
-def _halves(case: AttentionCase, device: torch.device) -> Iterator[_Half]:
-    for shifted in (False, True):
-        heads = range(case.heads // 2, case.heads) if shifted else range(case.heads // 2)
-        ends = group_ends(case.lengths(), case.group_size, shifted)
-        serving = kv_heads_of(heads, case.heads // case.kv_heads)
-        yield _Half(
-            slice(heads.start, heads.stop),
-            serving if isinstance(serving, slice) else torch.tensor(serving, device=device),
-            torch.tensor(ends, dtype=torch.int32, device=device),
-            max(end - start for start, end in zip(ends[:-1], ends[1:], strict=True)),
-        )
+def _halves(case: AttentionCase, device: torch.device) -> _HeadHalves:
+    ranges = range(case.heads // 2), range(case.heads // 2, case.heads)
+    serving = [kv_heads_of(heads, case.heads // case.kv_heads) for heads in ranges]
+    ends = [group_ends(case.lengths(), case.group_size, shifted) for shifted in (False, True)]
+    return _HeadHalves(
+        [slice(heads.start, heads.stop) for heads in ranges],
+        [one if isinstance(one, slice) else torch.tensor(one, device=device) for one in serving],
+        [torch.tensor(bounds, dtype=torch.int32, device=device) for bounds in ends],
+        [max(end - start for start, end in itertools.pairwise(bounds)) for bounds in ends],
+    )
 
 
 def on_rows(case: AttentionCase, device: torch.device, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Function:
@@ -109,14 +122,14 @@ def on_rows(case: AttentionCase, device: torch.device, attend: Callable[[Tensor,
 
 def two_calls(case: AttentionCase, device: torch.device, call: Call) -> Function:
     """`call` for each half of the heads, outputs side by side."""
-    halves = list(_halves(case, device))
-    return on_rows(case, device, lambda q, k, v: torch.cat([call(*half.of(q, k, v)) for half in halves], dim=1))
+    halves = _halves(case, device)
+    return on_rows(case, device, lambda q, k, v: torch.cat([call(*half) for half in halves.of(q, k, v)], dim=1))
 
 
 def both_calls(case: AttentionCase, device: torch.device, call: Callable[[Tensor, Halves], Tensor]) -> Function:
     """`call` gets both halves at once, so that it can write them into one output."""
-    halves = list(_halves(case, device))
-    return on_rows(case, device, lambda q, k, v: call(q, [half.of(q, k, v) for half in halves]))
+    halves = _halves(case, device)
+    return on_rows(case, device, lambda q, k, v: call(q, halves.of(q, k, v)))
 
 
 # --------------------------------------------------------------------------- the calls
@@ -145,17 +158,17 @@ class _OneOutput(torch.autograd.Function):
     operation that torch itself uses for them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, ends: tuple[Tensor, ...], longest: tuple[int, ...], *halves: Tensor) -> Tensor:
+    def forward(ctx: Any, like: Tensor, ends: tuple[Tensor, ...], longest: tuple[int, ...], *halves: Tensor) -> Tensor:
         from torch.nn.attention.varlen import AuxRequest, varlen_attn_out
 
-        out, sums, first = torch.empty_like(q, memory_format=torch.contiguous_format), [], 0
+        out, sums, first = torch.empty_like(like, memory_format=torch.contiguous_format), [], 0
         for half in range(2):
-            own = halves[3 * half : 3 * half + 3]
-            heads = own[0].shape[1]
+            q, k, v = halves[3 * half : 3 * half + 3]
+            heads = q.shape[1]
             _, lse = varlen_attn_out(
                 out[:, first : first + heads],
-                *own, ends[half], ends[half], longest[half], longest[half],
-                return_aux=AuxRequest(lse=True), window_size=(-1, 0), enable_gqa=heads != own[1].shape[1],
+                q, k, v, ends[half], ends[half], longest[half], longest[half],
+                return_aux=AuxRequest(lse=True), window_size=(-1, 0), enable_gqa=heads != k.shape[1],
             )  # fmt: skip
             sums.append(lse)
             first += heads
@@ -282,7 +295,7 @@ def candidates(case: AttentionCase, device: torch.device) -> dict[str, Candidate
         if hasattr(importlib.import_module("torch.nn.attention.varlen"), "varlen_attn_out"):
             found["varlen-out"] = lambda: both_calls(case, device, _one_output)
         calls("varlen-cudnn", partial(forced_call, _Cudnn))
-        if torch.__version__ >= (2, 14):
+        if TorchVersion(torch.__version__) >= "2.14":
             calls("varlen-flash", partial(forced_call, _Flash))
     for name, module in (
         ("flash-attn", "flash_attn"),
