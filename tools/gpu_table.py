@@ -19,7 +19,6 @@ HEADINGS = {
         "other",
         "MiB",
         "least other",
-        "torch",
         "best other",
     ],
     "maxsim": [
@@ -83,7 +82,6 @@ def _attention_row(case: dict[str, Any], direction: str, summary: dict[str, Any]
         _number(summary["best_warm_ms"]),
         _with_bar(_mebibytes(summary["jmlr_peak_bytes"]), None if bar_bytes is None else _mebibytes(bar_bytes)),
         _mebibytes(summary["least_peak_bytes"]),
-        _number(summary["torch_ms"]),
         summary["best_baseline"] or "-",
     ]
 
@@ -116,7 +114,7 @@ def operation_table(report: dict[str, Any]) -> str:
         row(case, direction, summary) for case in report["cases"] for direction, summary in case["summary"].items()
     ]
     text = f"{report['operation']}, {report['dtype']}, medians (bars in brackets)\n{align(rows)}"
-    return "\n".join([text, *_ceilings(report), *_compiled(report), *_yardstick(report), *_problems(report)])
+    return "\n".join([text, *_ceilings(report), *_compiled(report), *_yardsticks(report), *_problems(report)])
 
 
 def _ceilings(report: dict[str, Any]) -> list[str]:
@@ -135,24 +133,27 @@ def _compiled(report: dict[str, Any]) -> list[str]:
     return [f"  torch.compile of {len(report['cases'])} cases: {counts or 'none'}"] if report["cases"] else []
 
 
-def _yardstick(report: dict[str, Any]) -> list[str]:
-    """What dense causal attention, another function, takes on the same tensors: the best of its kinds."""
+def _yardsticks(report: dict[str, Any]) -> list[str]:
+    """Plain torch, and dense causal attention, which is another function: milliseconds of each attention case."""
+    if report["operation"] != "attention":
+        return []
     lines = []
     for case in report["cases"]:
-        dense = {name: record for name, record in case["candidates"].items() if name.startswith("sdpa-dense")}
-        if not dense or not case["summary"]:
-            continue
-        times = {
-            SHORT[direction]: min(
-                (record[direction]["median"] for record in dense.values() if direction in record), default=None
-            )
-            for direction in case["summary"]
-        }
-        taken = ", ".join(
-            f"{direction} {milliseconds:.3f} ms" for direction, milliseconds in times.items() if milliseconds
-        )
-        lines += [f"  dense causal attention, {case['case']}: {taken}"] if taken else []
-    return lines
+        kinds = {"plain torch": "torch", "dense causal": "sdpa-dense"}
+        found = {kind: _fastest(case, prefix) for kind, prefix in kinds.items()}
+        parts = [f"{kind} {times}" for kind, times in found.items() if times]
+        lines += [f"  {case['case']}: {'; '.join(parts)}"] if parts else []
+    return ["  ms of fwd / bwd / fwd+bwd", *lines] if lines else []
+
+
+def _fastest(case: dict[str, Any], prefix: str) -> str:
+    """ "1.0 / 2.0 / 3.1": the least of all candidates of that kind, by direction; "" when none was timed."""
+    records = [record for name, record in case["candidates"].items() if name.startswith(prefix)]
+    times = [
+        min((record[direction]["median"] for record in records if direction in record), default=None)
+        for direction in case["summary"]
+    ]
+    return " / ".join(_number(milliseconds) for milliseconds in times) if any(times) else ""
 
 
 def _problems(report: dict[str, Any]) -> list[str]:
