@@ -45,7 +45,7 @@ def run_case(
 ) -> dict[str, Any]:
     """Everything about one case as JSON-ready numbers. `excluded` candidates are left out and named."""
     started = time.perf_counter()
-    directions = _directions(case)
+    directions = directions_of(case)
     compiled = sum(seconds >= least for least in SECONDS_TO_COMPILE) if device.type == "cuda" else 0
     candidates = suite.candidates(case, device, compiled)
     for name in excluded or ():
@@ -88,7 +88,8 @@ def run_case(
     }
 
 
-def _directions(case: Any) -> list[str]:
+def directions_of(case: Any) -> list[str]:
+    """What a case is timed on."""
     if hasattr(case, "directions"):
         return list(case.directions)
     return [FORWARD, STEP] if case.backward else [FORWARD]

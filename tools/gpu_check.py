@@ -36,7 +36,7 @@ from tools.gpu_table import operation_table, phase_table
 
 TOTAL_SECONDS = 525.0
 PHASE_SECONDS = {"tests": 120.0, "warm": 60.0, "attention": 130.0, "maxsim": 150.0, "training": 60.0}
-ON_REQUEST_SECONDS = {"tune": 300.0, "profile": 120.0}
+ON_REQUEST_SECONDS = {"tune": 450.0, "profile": 240.0}
 
 
 @dataclass
