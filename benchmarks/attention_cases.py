@@ -154,8 +154,8 @@ GPU_CASES = (
 CPU_CASES = (
     AttentionCase(256, 64, heads=4, kv_heads=4, dim=32, batch=12),
     AttentionCase(1024, 256, heads=9, kv_heads=3, dim=64),
-    AttentionCase(2048, 256, heads=8, kv_heads=2, dim=64, layout="packed"),
-    AttentionCase(512, 128, heads=8, kv_heads=2, dim=64, batch=4, layout="padded"),
+    AttentionCase(1024, 128, heads=8, kv_heads=2, dim=64, layout="packed"),
+    AttentionCase(256, 64, heads=8, kv_heads=2, dim=64, batch=4, layout="padded"),
 )
 DRY_CASES = (
     AttentionCase(64, 16, heads=4, kv_heads=2, dim=32, batch=2, bar=True),
