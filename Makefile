@@ -4,8 +4,8 @@
 # make bench   both operations against plain torch on this CPU          OUT=runs/bench
 # make aot     compile every Triton configuration for sm_80/90/100      (no GPU needed)
 # make gpu     GPU tests, timings and a few training steps              OUT=dir  (no network, no environment of its own)
-# make tune    time the MaxSim kernels' tile sizes on this GPU           ARGS="--budget 600"
-# make profile what limits the MaxSim kernels: Nsight Compute's counters  (needs a GPU and ncu)
+# make tune    time the kernels' tile sizes on this GPU                  ARGS="attention --budget 600"
+# make profile what limits the kernels: Nsight Compute's counters         (needs a GPU and ncu)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

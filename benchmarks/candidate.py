@@ -9,7 +9,7 @@ import torch
 
 Function = Callable[..., torch.Tensor]
 
-FORWARD, STEP = "forward", "forward+backward"
+FORWARD, BACKWARD, STEP = "forward", "backward", "forward+backward"
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,20 @@ class Candidate:
 
     Attributes:
         make: gives the function of the case's tensors; may raise where it cannot run.
-        directions: what it is timed on. A variant that differs in its backward alone leaves "forward" out.
+        directions: what it is timed on, as far as the case asks for it. A variant that differs in its backward alone
+            leaves "forward" out.
         padded: takes padded documents where the case's are packed; the padding is done outside of the timed region.
         rounds: keeps similarities in the input dtype, so that a near tie can move a winner: its gradients are held to
             a wider bound, and the error is reported.
-        peer: another library. Peers are compared with float64 on the case's second data set too.
+        peer: another library, or a form as strong as one: never left out for want of time. Peers are compared with
+            float64 on the case's second data set too.
         compiled_with: candidates of one name here compile the same kernels, for seconds before the first result: one
             process does them ahead, beside those of other names. None where there is nothing to compile.
         comparable: computes the same function; False for a yardstick, which is timed without being compared.
     """
 
     make: Callable[[], Function]
-    directions: tuple[str, ...] = (FORWARD, STEP)
+    directions: tuple[str, ...] = (FORWARD, BACKWARD, STEP)
     padded: bool = False
     rounds: bool = False
     peer: bool = False

@@ -1,4 +1,4 @@
-"""MaxSim in float64, written apart from the package: what every candidate is compared with before it is timed."""
+"""Both operations in float64, written apart from the package: what every candidate is compared with before timing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**30
+ATTENTION_ROWS = 512  # queries whose scores are held at a time
 
 
 def maxsim(queries: Tensor, documents: Tensor, grad: Tensor, lengths: list[int], layout: str) -> list[Tensor]:
@@ -53,3 +54,43 @@ def _first_maximum(similarities: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.arange(similarities.shape[-1], device=similarities.device)
     winner = torch.where(similarities == best, index, similarities.shape[-1]).amin(-1)
     return best.squeeze(-1), winner.clamp_max(similarities.shape[-1] - 1)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, documents: list[tuple[int, int]], group_size: int
+) -> list[Tensor]:
+    """Shifted sparse attention ("split") and its gradients in float64: [out, d(q), d(k), d(v)], shaped as they are.
+
+    `documents` are (first row, row after the last) in q, k, v [..., heads, dim] seen as [rows, heads, dim]; rows of no
+    document give zeros.
+    """
+    shapes = [q.shape, q.shape, k.shape, v.shape]
+    q, k, v, grad = (tensor.detach().double().flatten(0, -3) for tensor in (q, k, v, grad))
+    results = out, grad_q, grad_k, grad_v = [torch.zeros_like(tensor) for tensor in (q, q, k, v)]
+    heads, dim = q.shape[1:]
+    ratio, scale = heads // k.shape[1], dim**-0.5
+    for start, end in documents:
+        for half in (range(heads // 2), range(heads // 2, heads)):
+            if len(half) == 0:
+                continue
+            moved = (group_size + 1) // 2 if half.start or heads < 2 else 0
+            chosen = slice(half.start, half.stop)
+            kv = torch.tensor([head // ratio for head in half], device=q.device)
+            for first in range(start, end, ATTENTION_ROWS):
+                last = min(first + ATTENTION_ROWS, end)
+                begin = max(start, start + (first - start + moved) // group_size * group_size - moved)
+                i = torch.arange(first - start, last - start, device=q.device)[:, None]
+                j = torch.arange(begin - start, last - start, device=q.device)[None, :]
+                attends = (j <= i) & ((i + moved) // group_size == (j + moved) // group_size)
+                keys, values = k[begin:last].index_select(1, kv), v[begin:last].index_select(1, kv)
+                queries, upstream = q[first:last, chosen], grad[first:last, chosen]
+                scores = torch.einsum("ihd,jhd->hij", queries, keys).mul_(scale)
+                weights = torch.softmax(scores.masked_fill_(~attends, float("-inf")), dim=-1)
+                out[first:last, chosen] = torch.einsum("hij,jhd->ihd", weights, values)
+                grad_v[begin:last].index_add_(1, kv, torch.einsum("hij,ihd->jhd", weights, upstream))
+                grad_weights = torch.einsum("ihd,jhd->hij", upstream, values)
+                inner = (weights * grad_weights).sum(-1, keepdim=True)
+                grad_scores = weights.mul_(grad_weights.sub_(inner)).mul_(scale)
+                grad_q[first:last, chosen] = torch.einsum("hij,jhd->ihd", grad_scores, keys)
+                grad_k[begin:last].index_add_(1, kv, torch.einsum("hij,ihd->jhd", grad_scores, queries))
+    return [result.view(shape) for result, shape in zip(results, shapes, strict=True)]

@@ -1,11 +1,13 @@
-"""The least time that a MaxSim step can take on a chip: exact work, and two measured or published ceilings.
+"""The least time that a step can take on a chip: exact work, and two measured or published ceilings.
 
-Forward: every token pair's product, every input byte read once, the scores written. Backward: each winner sends one
-row to each gradient; queries, the documents' rows that won, winners and the scores' gradient are read once, both
-gradients written. A step can take
-no less than its products at the chip's matrix rate and no less than its bytes at the memory's bandwidth. What moves
-inside of the chip is not counted, except in :func:`gather_seconds`, which shows what re-reading winners from the L2
-cache would cost.
+MaxSim. Forward: every token pair's product, every input byte read once, the scores written. Backward: each winner
+sends one row to each gradient; queries, the documents' rows that won, winners and the scores' gradient are read once,
+both gradients written. Attention. Forward: two products for every pair that may attend, q, k and v read once, output
+and lse written. Backward: five products; q, k, v, output, its gradient and lse read, three gradients written.
+
+A step can take no less than its products at the chip's matrix rate and no less than its bytes at the memory's
+bandwidth. What moves inside of the chip is not counted, except in :func:`gather_seconds`, which shows what re-reading
+winners from the L2 cache would cost.
 """
 
 from __future__ import annotations
@@ -63,6 +65,27 @@ class Work:
         return self.input_bytes + self.query_bytes + rows_that_won + self.scores_bytes + 2 * self.winners_bytes
 
 
+@dataclass(frozen=True)
+class AttentionWork:
+    """What an attention case cannot avoid, in FLOPs and bytes; `query_bytes` is the size of q, `key_bytes` of k."""
+
+    forward_flops: int
+    backward_flops: int
+    query_bytes: int
+    key_bytes: int
+    lse_bytes: int
+
+    @property
+    def forward_bytes(self) -> int:
+        """q, k, v read, output and lse written."""
+        return 2 * self.query_bytes + 2 * self.key_bytes + self.lse_bytes
+
+    @property
+    def backward_bytes(self) -> int:
+        """q, k, v, output, its gradient and lse read, three gradients written."""
+        return 4 * self.query_bytes + 4 * self.key_bytes + self.lse_bytes
+
+
 def maxsim_work(
     queries: int,
     query_length: int,
@@ -92,12 +115,11 @@ def maxsim_work(
     )
 
 
-def time_floor(work: Work, ceilings: Ceilings, direction: str) -> float:
-    """Seconds that a "forward" or a "forward+backward" cannot undercut."""
+def time_floor(work: Work | AttentionWork, ceilings: Ceilings, direction: str) -> float:
+    """Seconds that a "forward", a "backward" or a "forward+backward" cannot undercut."""
     forward = max(work.forward_flops / ceilings.flops, work.forward_bytes / ceilings.bandwidth)
-    if direction == "forward":
-        return forward
-    return forward + max(work.backward_flops / ceilings.flops, work.backward_bytes / ceilings.bandwidth)
+    backward = max(work.backward_flops / ceilings.flops, work.backward_bytes / ceilings.bandwidth)
+    return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
 
 
 def gather_seconds(work: Work, bandwidth: float = ASSUMED_L2_BANDWIDTH) -> float:
@@ -130,19 +152,21 @@ def measured(device: torch.device, size: int = 8192, copy_bytes: int = 2**30) ->
     return Ceilings(flops, bandwidth, f"measured in this run: {size}^3 product, copy of {copy_bytes >> 20} MiB")
 
 
-def share(work: Work, milliseconds: float, ceilings: Ceilings, direction: str) -> float:
+def share(work: Work | AttentionWork, milliseconds: float, ceilings: Ceilings, direction: str) -> float:
     """The floor over the time taken: 1.0 is the roofline."""
     return time_floor(work, ceilings, direction) / (milliseconds / 1e3)
 
 
-def record(work: Work, element_size: int) -> dict[str, Any]:
+def record(work: Work | AttentionWork, element_size: int) -> dict[str, Any]:
     """JSON-ready account of a case's work."""
-    return {
+    account: dict[str, Any] = {
         "element_size": element_size,
         "forward_flops": work.forward_flops,
         "backward_flops": work.backward_flops,
         "forward_bytes": work.forward_bytes,
         "backward_bytes": work.backward_bytes,
-        "gather_ms_at_assumed_l2_bandwidth": gather_seconds(work) * 1e3,
-        "assumed_l2_bandwidth": ASSUMED_L2_BANDWIDTH,
     }
+    if isinstance(work, Work):
+        account["gather_ms_at_assumed_l2_bandwidth"] = gather_seconds(work) * 1e3
+        account["assumed_l2_bandwidth"] = ASSUMED_L2_BANDWIDTH
+    return account

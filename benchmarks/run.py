@@ -23,7 +23,7 @@ import torch
 
 import jmlr_kernels
 from benchmarks import attention, maxsim, roofline
-from benchmarks.candidate import FORWARD, STEP
+from benchmarks.candidate import BACKWARD, FORWARD, STEP
 from benchmarks.environment import describe
 from benchmarks.prepare import ContextLost, context_is_alive, prepare
 from benchmarks.timing import described, race, race_eagerly
@@ -45,7 +45,7 @@ def run_case(
 ) -> dict[str, Any]:
     """Everything about one case as JSON-ready numbers. `excluded` candidates are left out and named."""
     started = time.perf_counter()
-    directions = [FORWARD, STEP] if getattr(case, "backward", True) else [FORWARD]
+    directions = directions_of(case)
     compiled = sum(seconds >= least for least in SECONDS_TO_COMPILE) if device.type == "cuda" else 0
     candidates = suite.candidates(case, device, compiled)
     for name in excluded or ():
@@ -64,9 +64,13 @@ def run_case(
             survivors = {name: step for name, step in ready[direction].items() if name in result.timings}
             for name, milliseconds in race_eagerly(survivors, device).items():
                 records[name][direction]["eager"] = milliseconds
+    flops = {FORWARD: case.forward_flops(), BACKWARD: case.backward_flops()}
+    flops[STEP] = sum(flops.values())
     for record in records.values():
-        flops = {"forward": case.forward_flops(), "backward": case.backward_flops()}
         record["useful_tflops"] = _tflops(record, flops)
+    executed = suite.executed_flops(case, device, dtype) if hasattr(suite, "executed_flops") else None
+    if executed:
+        records["jmlr"]["executed_tflops"] = _tflops(records["jmlr"], executed)
     if not context_is_alive(device):
         raise ContextLost(case.name, None)
     torch.compiler.reset()  # the next case's shapes are new: no recompilation limit is to be met
@@ -84,15 +88,19 @@ def run_case(
     }
 
 
+def directions_of(case: Any) -> list[str]:
+    """What a case is timed on."""
+    if hasattr(case, "directions"):
+        return list(case.directions)
+    return [FORWARD, STEP] if case.backward else [FORWARD]
+
+
 def _tflops(record: dict[str, Any], flops: dict[str, int]) -> dict[str, float]:
-    """``backward`` is the difference of the medians of forward+backward and forward."""
-    forward, both = record.get(FORWARD), record.get(STEP)
-    rates = {}
-    if forward:
-        rates["forward"] = flops["forward"] / forward["median"] / 1e9
-    if forward and both and both["median"] > forward["median"]:
-        rates["backward"] = flops["backward"] / (both["median"] - forward["median"]) / 1e9
-    return rates
+    """TFLOP/s by direction. A backward that was not timed alone is the difference of the other two medians."""
+    times = {direction: record[direction]["median"] for direction in flops if direction in record}
+    if BACKWARD not in times and FORWARD in times and times.get(STEP, 0.0) > times[FORWARD]:
+        times[BACKWARD] = times[STEP] - times[FORWARD]
+    return {direction: flops[direction] / times[direction] / 1e9 for direction in times}
 
 
 def _figures(records: dict[str, dict[str, Any]], direction: str, figure: str) -> dict[str, float]:
@@ -137,18 +145,22 @@ def _summary(
         work = case.work(element_size)
         summary["floor_ms"] = roofline.time_floor(work, ceilings, direction) * 1e3
         summary["roofline_share"] = roofline.share(work, ours, ceilings, direction) if ours else None
-    bar = getattr(case, "bar", None)
-    if bar is not None and direction == (STEP if case.backward else FORWARD):
-        summary |= {"bar_ms": bar, "least_ratio": case.least_ratio}
-    bars = attention.H200_BARS.get(getattr(case, "group_size", 0)) if suite is attention else None
-    if bars:
-        summary["bar_tflops"] = dict(zip(("forward", "backward"), bars, strict=True))
+    record = records.get("jmlr", {})
+    for kind in ("useful_tflops", "executed_tflops"):
+        summary[kind] = record.get(kind, {}).get(direction)
+    if ceilings is not None and summary["useful_tflops"]:
+        summary["matrix_share"] = summary["useful_tflops"] * 1e12 / ceilings.flops
+    if hasattr(case, "bar_tflops"):
+        summary["bar_tflops"] = (case.bar_tflops or {}).get(direction)
+        summary["least_ratio"] = case.least_ratio
+    elif case.bar is not None and direction == (STEP if case.backward else FORWARD):
+        summary |= {"bar_ms": case.bar, "least_ratio": case.least_ratio}
     return summary
 
 
 def _weight(case: Any) -> float:
     """Share of the time that is left: cases with a bar come first and get more."""
-    return 1.5 if getattr(case, "bar", None) is not None else 1.0
+    return 1.5 if case.bar else 1.0
 
 
 def _new_report(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -196,13 +208,14 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = started + options.budget
     for position, case in enumerate(cases):
         left = deadline - time.perf_counter()
-        if left <= 2.0:
+        least = 0.0 if options.dry_run else getattr(case, "least_seconds", 0.0)
+        if left <= max(2.0, least):
             report["left_out"].append(case.name)
         else:
             share = _weight(case) / sum(_weight(later) for later in cases[position:])
             excluded = [candidate for name, candidate in report["killers"] if name == case.name and candidate]
             try:
-                result = run_case(suite, case, device, dtype, left * share, ceilings, excluded)
+                result = run_case(suite, case, device, dtype, max(left * share, least), ceilings, excluded)
             except ContextLost as lost:
                 return _start_over(options, report, case, lost.candidate, deadline - time.perf_counter())
             except Exception as error:  # the oracle ran out of memory, say: the other cases must still run

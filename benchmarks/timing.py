@@ -8,6 +8,7 @@ the launch hides behind it. What the launch costs is a figure of its own, :func:
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -55,18 +56,25 @@ class Race:
 def warm_up(step: Step, device: torch.device, runs: int = 3) -> None:
     """Compile, allocate and autotune outside of the timed region.
 
-    Runs on a side stream, which a later graph capture of autograd code asks for.
+    Runs on a side stream, which a later graph capture of autograd code asks for: on the stream of that capture, since
+    a backward pass runs where its forward ran.
     """
     if device.type != "cuda":
         step()
         return
-    stream = torch.cuda.Stream()
+    stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(runs):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """The one stream of all warm-ups and captures."""
+    return torch.cuda.Stream()
 
 
 def captured(step: Step, pool: Any) -> tuple[Step, str]:
@@ -77,7 +85,7 @@ def captured(step: Step, pool: Any) -> tuple[Step, str]:
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=_side_stream()):
             step()
     except RuntimeError:
         torch.cuda.synchronize()

@@ -7,13 +7,18 @@ from typing import Any
 HEADINGS = {
     "attention": [
         "case",
-        "direction",
+        "step",
         "jmlr ms",
-        "torch ms",
-        "best other ms",
-        "ratio",
         "TFLOP/s",
-        "peak MiB",
+        "executed",
+        "matrix %",
+        "roof %",
+        "best other",
+        "ratio",
+        "warm",
+        "other",
+        "MiB",
+        "least other",
         "best other",
     ],
     "maxsim": [
@@ -32,7 +37,7 @@ HEADINGS = {
         "best other",
     ],
 }
-SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
 
 
 def align(rows: list[list[str]]) -> str:
@@ -57,25 +62,26 @@ def _with_bar(text: str, bar: str | None) -> str:
     return f"{text} ({bar})" if bar and text != "-" else text
 
 
-def _tflops(record: dict[str, Any], summary: dict[str, Any], direction: str) -> str:
-    """Useful TFLOP/s of what this row adds: the backward's for forward+backward."""
-    part = "backward" if direction == "forward+backward" else "forward"
-    rate = record["useful_tflops"].get(part)
-    bar = summary.get("bar_tflops", {}).get(part)
-    return _number(rate, 0) + (f" ({bar:.0f})" if bar and rate else "")
+def _percent(share: float | None) -> str:
+    return _number(None if share is None else 100 * share, 0)
 
 
 def _attention_row(case: dict[str, Any], direction: str, summary: dict[str, Any]) -> list[str]:
-    ours = case["candidates"]["jmlr"]
+    bar, least_ratio, bar_bytes = (summary.get(key) for key in ("bar_tflops", "least_ratio", "bar_bytes"))
     return [
         case["case"],
-        direction,
+        SHORT[direction],
         _number(summary["jmlr_ms"]),
-        _number(summary["torch_ms"]),
+        _with_bar(_number(summary.get("useful_tflops"), 0), f"{bar:.0f}" if bar else None),
+        _number(summary.get("executed_tflops"), 0),
+        _percent(summary.get("matrix_share")),
+        _percent(summary.get("roofline_share")),
         _number(summary["best_baseline_ms"]),
-        _number(summary["ratio_to_best"], 2),
-        _tflops(ours, summary, direction),
-        _mebibytes(summary["jmlr_peak_bytes"]),
+        _with_bar(_number(summary["ratio_to_best"], 2), f"{least_ratio:g}" if least_ratio else None),
+        _number(summary["jmlr_warm_ms"]),
+        _number(summary["best_warm_ms"]),
+        _with_bar(_mebibytes(summary["jmlr_peak_bytes"]), None if bar_bytes is None else _mebibytes(bar_bytes)),
+        _mebibytes(summary["least_peak_bytes"]),
         summary["best_baseline"] or "-",
     ]
 
@@ -89,7 +95,7 @@ def _maxsim_row(case: dict[str, Any], direction: str, summary: dict[str, Any]) -
         _with_bar(_number(summary["jmlr_ms"]), f"{bar:g}" if bar else None),
         _number(summary["best_baseline_ms"]),
         _with_bar(_number(summary["ratio_to_best"], 2), f"{least_ratio:g}" if least_ratio else None),
-        _number(None if share is None else 100 * share, 0),
+        _percent(share),
         _number(summary["jmlr_warm_ms"]),
         _number(summary["best_warm_ms"]),
         _number(summary["jmlr_eager_ms"]),
@@ -108,12 +114,10 @@ def operation_table(report: dict[str, Any]) -> str:
         row(case, direction, summary) for case in report["cases"] for direction, summary in case["summary"].items()
     ]
     text = f"{report['operation']}, {report['dtype']}, medians (bars in brackets)\n{align(rows)}"
-    return "\n".join([text, *_ceilings(report), *_compiled(report), *_problems(report)])
+    return "\n".join([text, *_ceilings(report), *_compiled(report), *_yardsticks(report), *_problems(report)])
 
 
 def _ceilings(report: dict[str, Any]) -> list[str]:
-    if report["operation"] != "maxsim":
-        return []
     lines = []
     for kind, ceilings in report["ceilings"].items():
         if ceilings:
@@ -127,6 +131,29 @@ def _compiled(report: dict[str, Any]) -> list[str]:
     modes = [mode for case in report["cases"] for mode in case["compiled_modes"]]
     counts = ", ".join(f"{mode} in {modes.count(mode)}" for mode in dict.fromkeys(modes))
     return [f"  torch.compile of {len(report['cases'])} cases: {counts or 'none'}"] if report["cases"] else []
+
+
+def _yardsticks(report: dict[str, Any]) -> list[str]:
+    """Plain torch, and dense causal attention, which is another function: milliseconds of each attention case."""
+    if report["operation"] != "attention":
+        return []
+    lines = []
+    for case in report["cases"]:
+        kinds = {"plain torch": "torch", "dense causal": "sdpa-dense"}
+        found = {kind: _fastest(case, prefix) for kind, prefix in kinds.items()}
+        parts = [f"{kind} {times}" for kind, times in found.items() if times]
+        lines += [f"  {case['case']}: {'; '.join(parts)}"] if parts else []
+    return ["  ms of fwd / bwd / fwd+bwd", *lines] if lines else []
+
+
+def _fastest(case: dict[str, Any], prefix: str) -> str:
+    """ "1.0 / 2.0 / 3.1": the least of all candidates of that kind, by direction; "" when none was timed."""
+    records = [record for name, record in case["candidates"].items() if name.startswith(prefix)]
+    times = [
+        min((record[direction]["median"] for record in records if direction in record), default=None)
+        for direction in case["summary"]
+    ]
+    return " / ".join(_number(milliseconds) for milliseconds in times) if any(times) else ""
 
 
 def _problems(report: dict[str, Any]) -> list[str]:

@@ -1,12 +1,15 @@
-"""What limits a MaxSim kernel, by Nsight Compute's counters: matrix units, L2 cache, memory, or waiting.
+"""What limits a kernel, by Nsight Compute's counters: matrix units, L2 cache, memory, or waiting.
 
-Runs ours and late-interaction-kernels on two shapes under ``ncu``, the forward of 128 x 128 and forward and backward of
-B = 256 (32 query tokens, 300 document tokens), and writes for each kernel launch its time, the bytes through L2 and
-device memory, how busy the matrix units were and what its warps waited for. The hypothesis under test: libraries that
-give each (query, document) pair a program of its own re-read every document from L2 once per query and are limited by
-that; tiles of several queries are not.
+Runs ours and the strongest peer under ``ncu`` and writes for each kernel launch its time, the bytes through L2 and
+device memory, how busy the matrix units were and what its warps waited for.
 
-    python -m tools.profile [--out FILE] [--ncu PATH] [--budget 120] [--dry-run]
+MaxSim, beside late-interaction-kernels: the forward of 128 x 128 and forward and backward of B = 256 (32 query tokens,
+300 document tokens). The hypothesis under test: libraries that give each (query, document) pair a program of its own
+re-read every document from L2 once per query and are limited by that; tiles of several queries are not. Attention,
+beside two calls of torch's variable-length attention: forward and backward of 16k tokens in groups of 1024. The
+question there is how busy the matrix units are in either, and what warps wait for at the edges of short groups.
+
+    python -m tools.profile [attention] [maxsim] [--out FILE] [--ncu PATH] [--budget 120] [--dry-run]
 
 Needs a GPU, ``ncu`` on PATH, and the right to read performance counters (as root, or by the driver's setting).
 """
@@ -27,16 +30,21 @@ from typing import Any
 
 import torch
 
-from benchmarks.candidate import FORWARD, STEP
+from benchmarks.attention_cases import AttentionCase
+from benchmarks.candidate import BACKWARD, FORWARD, STEP
 from benchmarks.environment import ROOT, describe, folder_name
 from benchmarks.maxsim_cases import MaxSimCase
 from tools.gpu_table import align
 
-CASES = {
-    FORWARD: MaxSimCase(128, 128, 32, 300, backward=False),
-    STEP: MaxSimCase(256, 256, 32, 300, backward=True),
+# By operation: who is profiled, and the shape of each step.
+CANDIDATES = {"maxsim": ("jmlr", "late-interaction-kernels"), "attention": ("jmlr", "varlen")}
+CASES: dict[str, dict[str, Any]] = {
+    "maxsim": {
+        FORWARD: MaxSimCase(128, 128, 32, 300, backward=False),
+        STEP: MaxSimCase(256, 256, 32, 300, backward=True),
+    },
+    "attention": dict.fromkeys((FORWARD, BACKWARD), AttentionCase(4096, 1024, kv_heads=8, batch=4)),
 }
-CANDIDATES = ("jmlr", "late-interaction-kernels")
 
 TIME = "gpu__time_duration.sum"
 L2_BYTES, L2_SHARE = "lts__t_bytes.sum", "lts__throughput.avg.pct_of_peak_sustained_elapsed"
@@ -163,24 +171,26 @@ def available(ncu: str, metrics: tuple[str, ...]) -> list[str]:
     return found or list(metrics)
 
 
-def step_of(name: str, direction: str, device: torch.device) -> Callable[[], Any]:
+def step_of(operation: str, name: str, direction: str, device: torch.device) -> Callable[[], Any]:
     """The step that is profiled, warm."""
-    from benchmarks import maxsim
+    from benchmarks import attention, maxsim
     from benchmarks.prepare import steps_of
     from benchmarks.timing import warm_up
 
-    case, dtype = CASES[direction], torch.bfloat16
+    suite: Any = {"attention": attention, "maxsim": maxsim}[operation]
+    case, dtype = CASES[operation][direction], torch.bfloat16
     if device.type != "cuda":
-        case, dtype = replace(case, queries=2, documents=3), torch.float32
+        small = {"queries": 2, "documents": 3} if operation == "maxsim" else {"length": 64, "group_size": 16}
+        case, dtype = replace(case, **small), torch.float32
     *tensors, grad = case.inputs(device, dtype)
-    step = steps_of(maxsim.candidates(case, device, 0)[name].make(), tensors, grad)[direction]
+    step = steps_of(suite.candidates(case, device, 0)[name].make(), tensors, grad)[direction]
     warm_up(step, device)
     return step
 
 
-def child(name: str, direction: str) -> None:
+def child(operation: str, name: str, direction: str) -> None:
     """Runs under ncu: everything is compiled and tuned before the profiler starts."""
-    step = step_of(name, direction, torch.device("cuda"))
+    step = step_of(operation, name, direction, torch.device("cuda"))
     torch.cuda.synchronize()
     runtime: Any = torch.cuda.cudart()
     runtime.cudaProfilerStart()
@@ -189,10 +199,10 @@ def child(name: str, direction: str) -> None:
     runtime.cudaProfilerStop()
 
 
-def profile(ncu: str, metrics: list[str], name: str, direction: str, seconds: float) -> tuple[str, str]:
-    """(ncu's CSV, problem or "")."""
+def profile(ncu: str, metrics: list[str], step: tuple[str, str, str], seconds: float) -> tuple[str, str]:
+    """(ncu's CSV, problem or "") of one step: operation, candidate and direction."""
     command = [ncu, "--csv", "--page", "raw", "--print-units", "base", "--profile-from-start", "off"]
-    command += ["--metrics", ",".join(metrics), sys.executable, "-m", "tools.profile", "--child", name, direction]
+    command += ["--metrics", ",".join(metrics), sys.executable, "-m", "tools.profile", "--child", *step]
     try:
         run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -206,17 +216,29 @@ def profile(ncu: str, metrics: list[str], name: str, direction: str, seconds: fl
 def main(arguments: list[str] | None = None) -> int:
     """0: at least ours was profiled; 1: not; 2: no GPU or no ncu."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("operations", nargs="*", metavar="operation", help=f"{', '.join(CASES)} (default: all)")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/<gpu>/profile.json)")
     parser.add_argument("--ncu", default=shutil.which("ncu"), help="path of Nsight Compute's command line")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds in all")
+    parser.add_argument("--budget", type=float, default=240.0, help="seconds in all")
     parser.add_argument("--commit", help="the commit to name where there is no repository")
     parser.add_argument("--dry-run", action="store_true", help="run the steps on the CPU, profile nothing")
-    parser.add_argument("--child", nargs=2, metavar=("NAME", "DIRECTION"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("OPERATION", "NAME", "DIRECTION"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    unknown = [name for name in options.operations if name not in CASES]
+    if unknown:
+        print(f"tools.profile: no operation {unknown[0]!r}; choose from {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    steps = [
+        (operation, name, direction)
+        for operation in options.operations or CASES
+        for name in CANDIDATES[operation]
+        for direction in CASES[operation]
+    ]
     if options.dry_run:
-        for direction in CASES:
-            step_of("jmlr", direction, torch.device("cpu"))()
-        print("tools.profile: both steps ran on the CPU; nothing was profiled")
+        own = [step for step in steps if step[1] == "jmlr"]
+        for operation, name, direction in own:
+            step_of(operation, name, direction, torch.device("cpu"))()
+        print(f"tools.profile: {len(own)} steps ran on the CPU; nothing was profiled")
         return 0
     if not torch.cuda.is_available():
         print("tools.profile: no CUDA device was found; --dry-run runs the steps on the CPU", file=sys.stderr)
@@ -233,13 +255,13 @@ def main(arguments: list[str] | None = None) -> int:
     metrics = available(options.ncu, METRICS)
     results: dict[str, list[dict[str, Any]]] = {}
     problems: dict[str, str] = {}
-    for name in CANDIDATES:
-        for direction, case in CASES.items():
-            label = f"{name} {case.name} {direction}"
-            text, problem = profile(options.ncu, metrics, name, direction, options.budget / 4)
-            if problem:
-                problems[label] = problem
-            results[label] = [judge(launch) for launch in parse(text)]
+    for step in steps:
+        operation, name, direction = step
+        label = f"{name} {CASES[operation][direction].name} {direction}"
+        text, problem = profile(options.ncu, metrics, step, options.budget / len(steps))
+        if problem:
+            problems[label] = problem
+        results[label] = [judge(launch) for launch in parse(text)]
     report = {"environment": environment, "metrics": metrics, "steps": results, "problems": problems}
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(results))

@@ -1,4 +1,7 @@
-"""Both operations on the CPU against plain torch, forward and forward+backward, in float32: `make bench`."""
+"""Both operations on the CPU against plain torch, in float32: `make bench`.
+
+Forward and forward+backward, and attention's backward alone; packed documents and right padding among its cases.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,16 @@ import pytest
 import torch
 
 from benchmarks import attention, maxsim
+from benchmarks.candidate import BACKWARD
 from benchmarks.prepare import compare, results_of, steps_of
+from benchmarks.run import directions_of
 
 CPU = torch.device("cpu")
 CASES = [(suite, case) for suite in (attention, maxsim) for case in suite.CPU_CASES]
 RUNS = [
     (suite, case, direction, name)
     for suite, case in CASES
-    for direction in (("forward", "forward+backward") if getattr(case, "backward", True) else ("forward",))
+    for direction in directions_of(case)
     for name in suite.candidates(case, CPU, compiled=0)
     if name not in ("torch", "einsum-input-dtype")  # in float32 on a CPU they are what ours and einsum run
 ]
@@ -33,7 +38,6 @@ def bench_operation(benchmark: Any, suite: Any, case: Any, direction: str, name:
     own = [tensors[0], case.padded(tensors[1])] if candidate.padded else tensors
     step = steps_of(candidate.make(), own, grad)[direction]
     if candidate.comparable:
-        compare(
-            results_of(step, case, candidate), suite.exact(case, tensors, grad), candidate, torch.float32, direction
-        )
+        exact = suite.exact(case, tensors, grad)[1 if direction == BACKWARD else 0 :]
+        compare(results_of(step, case, candidate), exact, candidate, torch.float32, direction)
     benchmark.pedantic(step, rounds=9, warmup_rounds=2)

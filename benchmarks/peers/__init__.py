@@ -17,6 +17,7 @@ import torch
 from benchmarks.candidate import Candidate
 
 if TYPE_CHECKING:
+    from benchmarks.attention_cases import AttentionCase
     from benchmarks.maxsim_cases import MaxSimCase
 
 _MAXSIM = {
@@ -32,6 +33,11 @@ def maxsim(case: MaxSimCase, device: torch.device) -> dict[str, Candidate]:
         if importlib.util.find_spec(module) is not None:
             found |= importlib.import_module(adapter).candidates(case, device)
     return found
+
+
+def attention(case: AttentionCase, device: torch.device) -> dict[str, Candidate]:
+    """What this torch and the installed peers offer for a case: name -> candidate."""
+    return importlib.import_module("benchmarks.peers.varlen").candidates(case, device)
 
 
 def unpack_wheels(folder: Path, target: Path) -> list[str]:

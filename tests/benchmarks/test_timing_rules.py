@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import maxsim, run, warm
+from benchmarks import attention, maxsim, run, warm
 from benchmarks.baselines import einsum
 from benchmarks.candidate import FORWARD, STEP, Candidate
 from benchmarks.maxsim_cases import GPU_CASES, MaxSimCase
@@ -170,6 +170,13 @@ def test_each_kernel_is_compiled_ahead_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert len({replace(case, data="") for case in compiled}) == len(compiled) == 12
     assert not any(case.query_length == 1024 for case in compiled)  # too large for many at once
     assert {group for _, group in jobs} == {"peer", "gemm-compiled", "einsum-compiled"}
+
+
+def test_flex_is_compiled_ahead_for_each_attention_case_and_operations_take_turns() -> None:
+    found = warm.jobs(attention.GPU_CASES, torch.device("cuda"), attention)
+    assert found == [(position, "flex") for position in range(len(attention.GPU_CASES))]
+    both = warm.merged({"attention": found[:3], "maxsim": [(0, "peer")]})
+    assert both == [("attention", 0, "flex"), ("maxsim", 0, "peer"), ("attention", 1, "flex"), ("attention", 2, "flex")]
 
 
 def test_tuning_results_are_forgotten_and_kernels_kept(tmp_path: Path) -> None:

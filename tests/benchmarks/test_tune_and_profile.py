@@ -9,13 +9,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from benchmarks.candidate import BACKWARD, FORWARD
 from benchmarks.maxsim_cases import MaxSimCase
 from jmlr_kernels.maxsim import config as real_config
+from jmlr_kernels.shifted_attention import config as attention_config
 from tools import profile, tune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +146,77 @@ def test_forced_tiles_reach_the_kernel() -> None:
         assert getattr(real_config, function) is usual
 
 
+class AttentionTiles(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def _attention_config(*found: AttentionTiles) -> SimpleNamespace:
+    """The real tiles, and candidates as the protocol has them."""
+    return SimpleNamespace(
+        KERNELS=attention_config.KERNELS,
+        tiles=attention_config.tiles,
+        candidates=lambda kernel, dtype, head_dim, capability: found,
+        tuning_key=lambda kernel, dtype, head_dim, capability: f"{kernel}-sm{capability}-d{head_dim}",
+    )
+
+
+def test_attention_searches_cover_each_kernel_and_head_dimension() -> None:
+    config = _attention_config(AttentionTiles(16, 16), AttentionTiles(32, 16))
+    found = tune.attention_searches(config, 90, torch.bfloat16)
+    assert [search.key for search in found] == [
+        f"{kernel}-sm90-d{dim}" for dim in (128, 64) for kernel in attention_config.KERNELS
+    ]
+    assert {case.group_size for case in found[0].cases} == {512, 1024, 2048}
+    for search in found:
+        assert (search.direction == FORWARD) == search.key.startswith("forward")
+        assert search.direction in (FORWARD, BACKWARD) and all(f"d{case.dim}" in search.key for case in search.cases)
+    assert tune.attention_searches(_attention_config(AttentionTiles(16, 16)), 90, torch.bfloat16) == []
+    assert tune.attention_searches(SimpleNamespace(KERNELS=("forward",)), 90, torch.bfloat16) == []
+
+
+@pytest.mark.parametrize("kernel", attention_config.KERNELS)
+def test_attention_tiles_are_searched(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the real kernels in the interpreter: the forced tiles reach the one kernel, and no other."""
+    if not real_config.interpreted():
+        pytest.skip("Triton was imported without its interpreter")
+    asked: list[tuple[str, Any]] = []
+    usual = attention_config.tiles
+
+    def answer(name: str, *rest: Any, **options: Any) -> Any:
+        return usual(name, *rest, **options)
+
+    monkeypatch.setattr(attention_config, "tiles", answer)
+    monkeypatch.setattr(
+        attention_config, "candidates", lambda *_: (AttentionTiles(16, 16), AttentionTiles(32, 16)), raising=False
+    )
+    monkeypatch.setattr(attention_config, "tuning_key", lambda name, *_: name, raising=False)
+    monkeypatch.setattr(tune, "SECONDS_PER_RACE", 0.0)
+    module: Any = attention_config
+    (search,) = [
+        one for one in tune.attention_searches(module, 90, torch.bfloat16, dry_run=True) if one.kernel == kernel
+    ]
+    with tune.forced(module, "tiles", AttentionTiles(64, 64), kernel):
+        for name in attention_config.KERNELS:
+            asked.append((name, module.tiles(name, torch.float32, 16, 0)))
+    assert [tiles == AttentionTiles(64, 64) for _, tiles in asked] == [name == kernel for name, _ in asked]
+    entry = tune.search_one(search, module, CPU, torch.float32, float("inf"))
+    assert entry is not None and not entry["problems"] and entry["tiles"]["block_n"] == 16
+    assert set(entry["milliseconds"]) == {f"block_m={rows} block_n=16 num_warps=4 num_stages=1" for rows in (16, 32)}
+    assert module.tiles is answer
+
+
+def test_each_operation_has_its_table(tmp_path: Path) -> None:
+    assert tune._table("maxsim", None, False) == tune.TABLES["maxsim"] and tune._table("maxsim", None, True) is None
+    assert tune._table("attention", None, False) == ROOT / "jmlr_kernels" / "shifted_attention" / "tuned.json"
+    assert tune._table("attention", tmp_path / "tune.json", True) == tmp_path / "tune-attention.json"
+    where = {"gpu": "NVIDIA H200", "triton": "3.7.1", "torch": "2.13.0", "commit": "abc", "date": "today"}
+    tune._keep(_search(1), {"tiles": {"rows": 2}, "problems": {}}, where, tmp_path / "tune.json")
+    assert json.loads((tmp_path / "tune.json").read_text())["tiles"] == {"key": {"rows": 2}}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("tool", [tune, profile])
 def test_without_a_gpu_one_sentence(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +267,15 @@ def test_ncu_output_is_read_and_judged() -> None:
     assert profile.judge({"kernel": "bare"})["verdict"] == "unknown"
 
 
+def test_every_step_to_profile_runs_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profile.main(["--dry-run"]) == 0 and "4 steps" in capsys.readouterr().out
+    assert profile.main(["--dry-run", "attention"]) == 0 and "2 steps" in capsys.readouterr().out
+    for tool in (profile, tune):
+        assert tool.main(["sing"]) == 2
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1 and "no operation 'sing'" in printed
+
+
 def test_ncu_output_without_a_table() -> None:
     assert profile.parse("==ERROR== nothing was profiled\n") == [] and profile.parse("") == []
 
@@ -213,12 +295,12 @@ def test_a_run_under_ncu(tmp_path: Path) -> None:
     (tmp_path / "sample.csv").write_text(_sample())
     fake.write_text(f"#!/bin/sh\ncat {tmp_path / 'sample.csv'}\n")
     fake.chmod(0o755)
-    text, problem = profile.profile(str(fake), [profile.TIME], "jmlr", "forward", 20.0)
+    text, problem = profile.profile(str(fake), [profile.TIME], ("maxsim", "jmlr", "forward"), 20.0)
     assert len(profile.parse(text)) == 2 and problem == ""
     fake.write_text("#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM - no permission'\nexit 1\n")
-    assert "no right" in profile.profile(str(fake), [profile.TIME], "jmlr", "forward", 20.0)[1]
+    assert "no right" in profile.profile(str(fake), [profile.TIME], ("maxsim", "jmlr", "forward"), 20.0)[1]
     fake.write_text("#!/bin/sh\necho '==ERROR== unknown metric'\nexit 1\n")
-    assert "unknown metric" in profile.profile(str(fake), [profile.TIME], "jmlr", "forward", 20.0)[1]
+    assert "unknown metric" in profile.profile(str(fake), [profile.TIME], ("maxsim", "jmlr", "forward"), 20.0)[1]
 
 
 def test_overhead_is_measured_or_refused_in_one_sentence(tmp_path: Path) -> None:

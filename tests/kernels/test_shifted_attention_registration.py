@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from jmlr_kernels.ops import triton_interpreted
-from jmlr_kernels.shifted_attention.flops import attention_pairs
+from jmlr_kernels.shifted_attention.flops import attention_pairs, backward_flops, forward_flops
 from jmlr_kernels.shifted_attention.function import shifted_sparse_attention
-from jmlr_kernels.shifted_attention.reference import allowed
+from jmlr_kernels.shifted_attention.reference import allowed, shifted_sparse_attention_reference
 
 OPS = torch.ops.jmlr_kernels
 LENGTHS = {
@@ -118,18 +118,73 @@ def test_pairs_are_counted_exactly(length, group_size, boundary):
     assert attention_pairs(length, group_size, boundary).total(5) == allowed(length, group_size, 5, boundary).sum()
 
 
+# Tokens of each document of LENGTHS; the packed rows end with two tokens of none.
+DOCUMENTS = {"dense": [20, 20], "padded": [20, 7], "packed": [9, 0, 9]}
+
+
+@pytest.mark.parametrize("boundary", ["split", "wrap"])
+@pytest.mark.parametrize(
+    ("group_size", "heads", "kv_heads", "backend"),
+    [
+        (8, 4, 2, "torch"),
+        (5, 3, 1, "torch"),
+        (40, 3, 3, "torch"),
+        pytest.param(8, 2, 1, "triton", marks=needs_interpreter),
+    ],
+)
 @pytest.mark.parametrize("layout", LENGTHS)
-def test_the_flop_counter_counts_pairs(layout):
-    inputs = require_grad(make_inputs(layout))
+def test_the_flop_counter_counts_pairs(layout, group_size, heads, kv_heads, backend, boundary):
+    """Forward and backward in one counter, and each apart; padding, kv heads and the backend count for nothing."""
     cu_seqlens, seq_lens = LENGTHS[layout]
-    lengths = {"dense": [20, 20], "padded": [20, 7], "packed": [9, 0, 9]}[layout]
-    pairs = sum(int(allowed(length, 8, 4).sum()) for length in lengths if length)
+    masks = [allowed(length, group_size, heads, boundary) for length in DOCUMENTS[layout]]
+    pairs = sum(int(mask.sum()) for mask in masks)
+    inputs = require_grad(make_inputs(layout, heads=heads, kv_heads=kv_heads))
+    with FlopCounterMode(display=False) as both:
+        with FlopCounterMode(display=False) as counter:
+            out = shifted_sparse_attention(
+                *inputs, group_size, cu_seqlens=cu_seqlens, seq_lens=seq_lens, boundary=boundary, backend=backend
+            )
+        assert counter.get_total_flops() == 4 * 16 * pairs
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        assert counter.get_total_flops() == 10 * 16 * pairs
+    assert both.get_total_flops() == 14 * 16 * pairs
+
+
+def test_the_formulas_are_those_of_torchs_own_attention():
+    """Plain torch multiplies every pair, two products forward and four backward; the fifth is the scores again, which
+    no kernel stores. What torch counts for its own fused attention is the same per pair."""
+    length, heads, dim = 24, 4, 16
+    inputs = require_grad(make_inputs(length=length, heads=heads, kv_heads=heads))
+    per_pair = {}
     with FlopCounterMode(display=False) as counter:
-        out = shifted_sparse_attention(*inputs, 8, cu_seqlens=cu_seqlens, seq_lens=seq_lens)
-    assert counter.get_total_flops() == 4 * 16 * pairs
+        out = shifted_sparse_attention_reference(*inputs, 8)
+    per_pair["forward"] = counter.get_total_flops() / (2 * heads * length**2)
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
-    assert counter.get_total_flops() == 10 * 16 * pairs
+    per_pair["backward"] = counter.get_total_flops() / (2 * heads * length**2) + 2 * dim
+    assert per_pair == {"forward": 4 * dim, "backward": 10 * dim}
+
+    shape = (2, heads, length, dim)
+    assert sdpa_flop_count(shape, shape, shape) == 4 * dim * 2 * heads * length**2
+    assert sdpa_backward_flop_count(shape, shape, shape, shape) == 10 * dim * 2 * heads * length**2
+    q, k, v = make_inputs(length=length, heads=heads, kv_heads=heads)
+    pairs = 2 * attention_pairs(length, 8).total(heads)
+    assert forward_flops(q, k, v, 8, None, None, False) == per_pair["forward"] * pairs
+    lse = q.new_zeros(2, heads, length)
+    assert backward_flops(q, q, k, v, q, lse, 8, None, None, False) == per_pair["backward"] * pairs
+
+
+def test_without_readable_lengths_rows_count_as_whole_documents():
+    """An upper bound, under fake tensors: there are no values to read."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        q, k, v = (mode.from_tensor(x) for x in make_inputs("padded"))
+        seq_lens = mode.from_tensor(LENGTHS["padded"][1])
+        with FlopCounterMode(display=False) as counter:
+            shifted_sparse_attention(q, k, v, 8, seq_lens=seq_lens)
+    assert counter.get_total_flops() == 4 * 16 * 2 * attention_pairs(20, 8).total(4)
 
 
 # --------------------------------------------------------------------------- errors
