@@ -72,6 +72,8 @@ def executed_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype
     capability = triton_common.capability_of(torch.empty(0, device=device))
 
     def launch(kernel: str) -> int:
+        scale = case.dim**-0.5
+        kernel = config.tma_kernel(kernel, dtype, case.dim, capability, case.group_size, False, scale) or kernel
         tiles = config.tiles(kernel, dtype, case.dim, capability)
         dim = config.block_d(case.dim)
         return executed.executed_flops(

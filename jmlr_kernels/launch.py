@@ -27,7 +27,8 @@ def launch(
     """Start `programs` programs of a ``@triton.jit`` kernel on the current stream of the arguments' device.
 
     `arguments` are the kernel's parameters up to its compile-time ones, in order: tensors, descriptors of tensors,
-    integers or None (an absent optional one); `constants` are the compile-time ones. Nothing is started for zero programs.
+    integers or None (an absent optional one); `constants` are the compile-time ones. Nothing is started for zero
+    programs.
     """
     if programs == 0:
         return

@@ -92,6 +92,8 @@ class AttentionConfig(Protocol):
     """
 
     KERNELS: tuple[str, ...]
+    TMA_KERNELS: tuple[str, ...]
+    BULK_COPIES: tuple[int, ...]
 
     def candidates(self, kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> Sequence[Any]: ...
 
@@ -115,7 +117,7 @@ class Search:
     @property
     def direction(self) -> str:
         if self.operation == "attention":
-            return FORWARD if self.kernel == "forward" else BACKWARD
+            return FORWARD if (self.kernel or "").startswith("forward") else BACKWARD
         return STEP if self.cases[0].backward else FORWARD
 
 
@@ -136,7 +138,8 @@ def attention_searches(
             kernel,
         )
         for dim in ((16,) if dry_run else ATTENTION_DIMENSIONS)
-        for kernel in config.KERNELS
+        for kernel in config.TMA_KERNELS + config.KERNELS
+        if kernel not in config.TMA_KERNELS or capability in config.BULK_COPIES
     ]
     return [search for search in found if len(search.tiles) > 1]
 

@@ -22,7 +22,7 @@ INTERPRETER = 0
 _LARGE_SHARED_MEMORY = (80, 87, 90, 100, 103)
 
 # Of these, those with a tensor memory accelerator: bulk copies by descriptors.
-_BULK_COPIES = (90, 100, 103)
+BULK_COPIES = (90, 100, 103)
 
 KERNELS = ("forward", "backward_dq", "backward_dkdv")
 TMA_KERNELS = ("forward_tma", "backward_dq_tma", "backward_dkdv_tma")
@@ -66,7 +66,7 @@ def tma_kernel(
     a tile, since its tiles start where groups start. Maxima are taken before the scale, so the scale must be positive.
     At D = 256, d(keys) spills there, and so does all of it on sm_100.
     """
-    hardware = capability in _BULK_COPIES and dtype != torch.float32
+    hardware = capability in BULK_COPIES and dtype != torch.float32
     if wrap or scale <= 0 or not (hardware or capability == INTERPRETER):
         return None
     name = f"{kernel}_tma"

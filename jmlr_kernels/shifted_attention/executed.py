@@ -1,8 +1,8 @@
 """What the Triton kernels execute, beside what is useful: score tiles walked, times their size.
 
 A kernel multiplies whole tiles: the diagonal, a group's edges and the last tile of a document are computed and masked.
-Everything here is arithmetic on integers that mirrors the loop bounds of ``triton_forward.py`` and
-``triton_backward.py``, tile by tile, for any tile sizes; the tests count the products that Triton's interpreter
+Everything here is arithmetic on integers that mirrors the loop bounds of ``triton_forward.py``,
+``triton_backward.py`` and their counterparts by bulk copies (``_tma``), tile by tile, for any tile sizes; the tests count the products that Triton's interpreter
 really makes. FLOPs are those of matrix products alone, by the convention of ``flops.py``, with the head dimension as
 the kernels hold it.
 """
@@ -12,7 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # Matrix products over each score tile: q k and p v; q k, g v and ds k; k q, p g, v g and ds q.
-PRODUCTS = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4}
+PRODUCTS = {
+    "forward": 2,
+    "backward_dq": 3,
+    "backward_dkdv": 4,
+    "forward_tma": 2,
+    "backward_dq_tma": 3,
+    "backward_dkdv_tma": 4,
+}
 
 
 def executed_flops(
@@ -28,7 +35,7 @@ def executed_flops(
     """FLOPs of one launch of `kernel` over documents of these `lengths`.
 
     Args:
-        kernel: "forward", "backward_dq" or "backward_dkdv".
+        kernel: "forward", "backward_dq" or "backward_dkdv", or one of these with "_tma" behind, for "split" alone.
         lengths: tokens of each document, without padding: nothing is multiplied for padding.
         group_size: G, in tokens.
         heads: query heads; kv heads change what is loaded, not what is multiplied.
@@ -39,11 +46,12 @@ def executed_flops(
     Raises:
         ValueError: a kernel or boundary of another name.
     """
-    if kernel not in PRODUCTS or boundary not in ("split", "wrap"):
+    if kernel not in PRODUCTS or boundary not in ("split", "wrap") or (boundary == "wrap" and "tma" in kernel):
         raise ValueError(
-            f"kernel={kernel!r}, boundary={boundary!r}: choose of {', '.join(PRODUCTS)} and 'split' or 'wrap'"
+            f"kernel={kernel!r}, boundary={boundary!r}: choose of {', '.join(PRODUCTS)} and 'split' or, without"
+            " bulk copies, 'wrap'"
         )
-    count = key_tiles if kernel != "backward_dkdv" else query_tiles
+    count = _COUNTS[kernel]
     walked = 0
     for length in lengths:
         plain = count(length, group_size, block_m, block_n)
@@ -91,6 +99,34 @@ def query_tiles(length: int, group_size: int, block_m: int, block_n: int, shift:
             _tiles(below - low, block_m) + (masked_again - below) // block_m + _tiles(high - masked_again, block_m)
         )
     return walked
+
+
+def group_key_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
+    """As :func:`key_tiles`, of the kernels whose query tiles start where groups start."""
+    walked = 0
+    for group in range(_tiles(length + shift, group_size)):
+        begin = max(group * group_size - shift, 0)
+        stop = min((group + 1) * group_size - shift, length)
+        walked += sum(_tiles(min(tile + block_m, stop) - begin, block_n) for tile in range(begin, stop, block_m))
+    return walked
+
+
+def group_query_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
+    """As :func:`query_tiles`, of the kernel that walks from a key tile to its last key's group's end in one step size."""
+    return sum(
+        _tiles(_group_end(min(tile + block_n, length) - 1, shift, group_size, length) - tile, block_m)
+        for tile in range(0, length, block_n)
+    )
+
+
+_COUNTS = {
+    "forward": key_tiles,
+    "backward_dq": key_tiles,
+    "backward_dkdv": query_tiles,
+    "forward_tma": group_key_tiles,
+    "backward_dq_tma": group_key_tiles,
+    "backward_dkdv_tma": group_query_tiles,
+}
 
 
 def _shift_and_roll(length: int, group_size: int, boundary: str) -> tuple[int, int]:

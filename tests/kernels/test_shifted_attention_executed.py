@@ -16,6 +16,9 @@ from jmlr_kernels.shifted_attention import config
 from jmlr_kernels.shifted_attention.executed import PRODUCTS, executed_flops, key_tiles, query_tiles
 from jmlr_kernels.shifted_attention.flops import attention_pairs
 
+if triton_interpreted():
+    from jmlr_kernels.shifted_attention.triton_common import has_descriptors
+
 pytestmark = [
     pytest.mark.skipif(not triton_interpreted(), reason="needs TRITON_INTERPRET=1"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter"),
@@ -59,17 +62,21 @@ def _documents(rng: random.Random, layout: str) -> tuple[list[int], dict[str, An
 @pytest.mark.parametrize("layout", ["dense", "padded", "packed"])
 def test_executed_flops_are_what_the_kernels_multiply(layout: str, boundary: str, counted: Counter[str]) -> None:
     rng = random.Random(f"{layout} {boundary}")
-    for heads, kv_heads in ((2, 1), (3, 3)):
+    for heads, kv_heads in ((2, 1), (3, 3), (1, 1), (4, 2)):
         lengths, arguments, lead = _documents(rng, layout)
-        group_size, dim = rng.randint(2, 60), rng.choice((16, 20))
+        group_size, dim = rng.choice((rng.randint(2, 31), rng.randint(32, 60))), rng.choice((16, 20))
         q, k, v = (torch.randn(*lead, count, dim, requires_grad=True) for count in (heads, kv_heads, kv_heads))
         counted.clear()
         out = jmlr_kernels.shifted_sparse_attention(
             q, k, v, group_size, boundary=boundary, backend="triton", **arguments
         )
-        torch.autograd.grad(out.sum(), (q, k, v))
-        for kernel in PRODUCTS:
-            tiles = config.tiles(kernel, torch.float32, dim, config.INTERPRETER, boundary == "wrap")
+        torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+        for kernel in config.KERNELS:
+            wrap = boundary == "wrap"
+            options = (torch.float32, dim, config.INTERPRETER)
+            by_copies = config.tma_kernel(kernel, *options, group_size, wrap, dim**-0.5)
+            kernel = by_copies if by_copies and has_descriptors(q, k, v) else kernel
+            tiles = config.tiles(kernel, *options, wrap)
             expected = executed_flops(
                 kernel, lengths, group_size, heads, config.block_d(dim), tiles.block_m, tiles.block_n, boundary
             )
@@ -84,6 +91,8 @@ def test_useful_is_never_more_than_executed(blocks: tuple[int, int]) -> None:
         for boundary in ("split", "wrap"):
             pairs = attention_pairs(length, group_size, boundary).total(5)
             for kernel, products in PRODUCTS.items():
+                if boundary == "wrap" and kernel in config.TMA_KERNELS:
+                    continue
                 executed = executed_flops(kernel, [length], group_size, 5, 64, *blocks, boundary)
                 assert executed >= 2 * products * 64 * pairs
 
@@ -100,6 +109,6 @@ def test_tiles_counted_by_hand() -> None:
 
 
 def test_another_name_is_refused() -> None:
-    for kernel, boundary in (("backward", "split"), ("forward", "roll")):
+    for kernel, boundary in (("backward", "split"), ("forward", "roll"), ("forward_tma", "wrap")):
         with pytest.raises(ValueError, match="choose of"):
             executed_flops(kernel, [4], 2, 2, 16, 16, 16, boundary)
