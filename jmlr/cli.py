@@ -53,19 +53,26 @@ def _interrupted(options: argparse.Namespace | None) -> str:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from jmlr.config import save
+    from jmlr.config import load, save, task_of
     from jmlr.data.texts import load_texts
     from jmlr.runs import CONFIG_FILE, begun, lock, open_run, prepare
 
     if options.max_steps is not None and options.max_steps < 1:
         raise UserError("the number of steps is below 1", file="--max-steps", remedy="give a number of at least 1")
+    recipe = options.recipe or DEFAULT_RECIPE
+    if options.resume and options.name and not options.recipe:
+        saved = options.runs / options.name / CONFIG_FILE
+        recipe = saved if saved.is_file() and task_of(saved) == "extend" else recipe
+    if task_of(recipe) == "extend":
+        return _extend(options, recipe)
     config, directory, resuming = open_run(
-        options.recipe or DEFAULT_RECIPE,
+        recipe,
         _overrides(options),
         runs=options.runs,
         name=options.name,
         resume=options.resume,
         stated=bool(options.recipe or options.set),
+        load=load,
     )
     load_texts(config)
     prepare(directory, keep=resuming)
@@ -75,6 +82,37 @@ def _train(options: argparse.Namespace) -> None:
         from jmlr import run
 
         run.train(config, directory, resume=resuming and begun(directory), max_steps=options.max_steps)
+
+
+def _extend(options: argparse.Namespace, recipe: str | Path) -> None:
+    from jmlr.extend.config import load
+    from jmlr.extend.documents import load_documents
+    from jmlr.runs import CONFIG_FILE, lock, open_run, prepare
+    from jmlr.settings import write
+
+    if options.max_steps is not None:
+        raise UserError(
+            "a recipe that extends a context does not stop in between",
+            file="--max-steps",
+            remedy="set extend.steps with --set, or stop it with Ctrl-C and go on with --resume",
+        )
+    config, directory, resuming = open_run(
+        str(recipe),
+        _overrides(options),
+        runs=options.runs,
+        name=options.name,
+        resume=options.resume,
+        stated=bool(options.recipe or options.set),
+        load=load,
+    )
+    load_documents(config.data)
+    prepare(directory, keep=resuming)
+    with lock(directory):
+        write(config, directory / CONFIG_FILE)
+        options.started_run = directory
+        from jmlr.extend import run
+
+        run.train(config, directory, resume=resuming)
 
 
 def _index(options: argparse.Namespace) -> None:

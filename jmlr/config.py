@@ -5,6 +5,7 @@ Read one with :func:`load`, write it with :func:`save`; how YAML becomes these c
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from jmlr.errors import UserError
-from jmlr.settings import Problem, number, read, write
+from jmlr.settings import Problem, number, read, scalar, write
 
 System = Literal["closed-book", "random", "rag", "joint", "gold"]
+Task = Literal["joint", "extend"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class EvaluateConfig:
 class RunConfig:
     """Everything a run depends on."""
 
+    task: Literal["joint"] = "joint"  # a recipe with "extend" is read by jmlr.extend.config
     name: str = "run"
     seed: int = number(0, low=0)
     device: str = "auto"  # "auto", "cpu" or "cuda"
@@ -242,8 +245,18 @@ def load(path_or_name: str | PathLike[str], overrides: list[str] | tuple[str, ..
         UserError: with file and line, for an unknown setting, a wrong type, a value out of range, or settings that
             contradict each other.
     """
-    file, text = _recipe(path_or_name)
+    file, text = recipe_text(path_or_name)
     return read(RunConfig, text, file, overrides)
+
+
+def task_of(path_or_name: str | PathLike[str]) -> Task:
+    """What a recipe is for: joint training (where it does not say), or extending a context.
+
+    Raises:
+        UserError: with file and line, for anything else.
+    """
+    file, text = recipe_text(path_or_name)
+    return typing.cast(Task, scalar("task", text, file, choices(Task), RunConfig.task))
 
 
 def save(config: RunConfig, path: str | PathLike[str]) -> None:
@@ -265,7 +278,12 @@ def _recipes_directory() -> resources.abc.Traversable:
     return resources.files("jmlr").joinpath("recipes")
 
 
-def _recipe(path_or_name: str | PathLike[str]) -> tuple[str, str]:
+def recipe_text(path_or_name: str | PathLike[str]) -> tuple[str, str]:
+    """A recipe's name in error messages, and its YAML.
+
+    Raises:
+        UserError: no such recipe, or not readable as text.
+    """
     wanted = str(path_or_name)
     packaged = _recipes_directory().joinpath(f"{wanted}.yaml")
     try:

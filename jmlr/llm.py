@@ -111,8 +111,13 @@ def load_llm(directory: str | Path, config: LLMConfig) -> nn.Module:
     return model
 
 
-def add_lora(model: nn.Module, config: LLMConfig) -> nn.Module:
-    """LoRA on every projection, with LongLoRA's trainable embeddings and norms."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(
+    model: nn.Module, config: LLMConfig, targets: Sequence[str] = PROJECTIONS, *, embeddings_and_norms: bool = True
+) -> nn.Module:
+    """LoRA on the projections in `targets`, with LongLoRA's trainable embeddings and norms."""
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(
@@ -123,11 +128,11 @@ def add_lora(model: nn.Module, config: LLMConfig) -> nn.Module:
             lora_dropout=config.lora_dropout,
             bias="none",
             task_type="CAUSAL_LM",
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            target_modules=list(targets),
         ),
     )
     for name, parameter in adapted.named_parameters():
-        if "embed_tokens" in name or "norm" in name:
+        if embeddings_and_norms and ("embed_tokens" in name or "norm" in name):
             parameter.requires_grad_(True)
     return adapted
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from jmlr.model import JointModel
 from jmlr.retriever.encoder import ColBERT, load_retriever, save_retriever
 from jmlr.retriever.index import ExactIndex, encoder_fingerprint
 from jmlr.trainer import JointTrainer, fsync_tree, last_checkpoint
+
+if TYPE_CHECKING:
+    from jmlr.extend.config import ExtendConfig
 
 PHASES = ("joint", "rag", "closed-book")
 FINISHED = "finished.json"
@@ -110,7 +113,7 @@ def train_phase(
         "prompts": parts.prompts.prompts,
         "prompts_shortened": parts.prompts.prompts_shortened,
     }
-    _write(directory / FINISHED, record)
+    write_json(directory / FINISHED, record)
 
 
 def probe_recall(parts: Parts) -> Callable[[ExactIndex, nn.Module], dict[str, float]] | None:
@@ -170,7 +173,7 @@ def evaluate_phase(
     trained = load_phase(parts, phase, run_dir)
     results = [_evaluate(parts, trained, system) for system in chosen]
     if keep:
-        _write(run_dir / phase / RESULTS, [result.to_dict() for result in results])
+        write_json(run_dir / phase / RESULTS, [result.to_dict() for result in results])
     return results
 
 
@@ -209,7 +212,7 @@ def _evaluate(parts: Parts, trained: Trained, system: System) -> SystemResult:
     )
 
 
-def device_of(config: RunConfig) -> torch.device:
+def device_of(config: RunConfig | ExtendConfig) -> torch.device:
     """The device that the recipe asks for; "auto" takes a GPU where there is one."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -218,7 +221,7 @@ def device_of(config: RunConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _write(path: Path, record: Any) -> None:
+def write_json(path: Path, record: Any) -> None:
     """Writes JSON so that the file is there whole or not at all."""
     staging = path.with_name(path.name + ".staging")
     with staging.open("w", encoding="utf-8") as file:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from jmlr.config import RunConfig, load
+from jmlr.config import RunConfig, load, task_of
 from jmlr.errors import UserError
+from jmlr.extend.config import ExtendConfig
 from jmlr.settings import differences
 
 try:
@@ -22,6 +24,8 @@ LOCK_FILE = ".lock"
 MACHINE_SETTINGS = ("device", "threads", "budget_minutes")
 """Settings that may change when a run is continued: they say where it runs, not what it computes."""
 
+AnyConfig = TypeVar("AnyConfig", RunConfig, ExtendConfig)
+
 
 def open_run(
     recipe: str,
@@ -31,7 +35,8 @@ def open_run(
     name: str | None = None,
     resume: bool = False,
     stated: bool = True,
-) -> tuple[RunConfig, Path, bool]:
+    load: Callable[..., AnyConfig],
+) -> tuple[AnyConfig, Path, bool]:
     """The settings and the directory of a run to start or continue. Nothing is written.
 
     Args:
@@ -41,6 +46,7 @@ def open_run(
         name: the run's name; by default the recipe's.
         resume: continue what is there. A run that is not there, or that never wrote its settings, is started.
         stated: whether the user named a recipe or settings: then they must be those of the run that is continued.
+        load: reads a recipe, as :func:`jmlr.config.load` does.
 
     Returns:
         The settings, the run's directory, and whether there is something to continue.
@@ -52,7 +58,7 @@ def open_run(
     directory = runs / (name or config.name)
     if not resume or not (directory / CONFIG_FILE).is_file():
         return config, directory, False
-    saved = run_config(directory)
+    saved = load(directory / CONFIG_FILE, ())
     given = {key: getattr(config, key) for key in MACHINE_SETTINGS}
     if stated:
         for key, now, then in differences(config, saved):
@@ -158,6 +164,12 @@ def run_config(directory: Path) -> RunConfig:
             f"there is no run here (no {CONFIG_FILE})",
             file=directory,
             remedy="train one with jmlr train, or correct --run",
+        )
+    if task_of(directory / CONFIG_FILE) != "joint":
+        raise UserError(
+            "this run extended a context: it has no retriever to ask or evaluate",
+            file=directory,
+            remedy="see its results.json, or name a run of joint training with --run",
         )
     return load(directory / CONFIG_FILE)
 

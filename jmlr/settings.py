@@ -95,6 +95,19 @@ def read(kind: type[SettingsType], text: str, file: str, overrides: Sequence[str
     return config
 
 
+def scalar(key: str, text: str, file: str, allowed: Sequence[str], default: str) -> str:
+    """One setting of the top level by itself: what decides as which class the others are read.
+
+    Raises:
+        UserError: no YAML, or a value that is not `allowed`.
+    """
+    root = _compose(text, file)
+    for name, node in root.value if isinstance(root, yaml.MappingNode) else ():
+        if name.value == key:
+            return _convert(node, Literal[tuple(allowed)], key, _place(node, file))
+    return default
+
+
 def write(config: Any, path: Path) -> None:
     """Write all settings, so that a reader never sees half a file."""
     text = yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True)

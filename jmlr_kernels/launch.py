@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Options = tuple[int, int, int]  # warps, stages, most registers of a thread
+Options = tuple[int, int, int | None]  # warps, stages, most registers of a thread
 
 
 # Positions of the integers that a kernel is not specialised on, by kernel.
@@ -26,12 +26,13 @@ def launch(
 ) -> None:
     """Start `programs` programs of a ``@triton.jit`` kernel on the current stream of the arguments' device.
 
-    `arguments` are the kernel's parameters up to its compile-time ones, in order: tensors, integers or None (an absent
-    optional one); `constants` are the compile-time ones. Nothing is started for zero programs.
+    `arguments` are the kernel's parameters up to its compile-time ones, in order: tensors, descriptors of tensors,
+    integers or None (an absent optional one); `constants` are the compile-time ones. Nothing is started for zero programs.
     """
     if programs == 0:
         return
-    device = arguments[0].device
+    first = arguments[0]
+    device = first.device if isinstance(first, Tensor) else first.base.device
     if device.type != "cuda":
         _start(kernel, programs, arguments, constants, options)
     elif device.index == torch.cuda.current_device():
@@ -71,6 +72,8 @@ def _specialization(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     for position, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
             facts.append((argument.dtype, argument.data_ptr() % 16 == 0))
+        elif hasattr(argument, "block_shape"):  # a descriptor: its shape and strides are ordinary arguments
+            facts.append((argument.base.dtype, tuple(argument.block_shape)))
         elif type(argument) is not int:  # a float, a boolean or None: True equals 1 and 1.0, but is another kernel
             facts.append(type(argument))
         elif position in plain:

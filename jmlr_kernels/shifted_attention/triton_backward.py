@@ -11,13 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from . import config
+from ..launch import launch
+from . import config, triton_backward_tma
 from .function import contiguous_like
 from .triton_common import (
     LOG2_E,
     capability_of,
     group_end,
     group_start,
+    has_descriptors,
     layout,
     load_tile,
     locate,
@@ -359,29 +361,44 @@ def backward(
     delta = torch.empty_like(lse)
     heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
     capability = capability_of(q)
+    by_descriptor = has_descriptors(grad_out, q, k, v)
+    group = (group_size, cu_seqlens, seq_lens, scale)
     all_strides = (*strides(grad_out), *strides(q), *strides(k), *strides(v))
-    common = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": config.block_d(head_dim),
-        "PACKED": cu_seqlens is not None,
-        "HAS_LENS": seq_lens is not None,
-        "WRAP": wrap,
-        "PRECISION": config.input_precision(q.dtype, head_dim),
-    }
     sizes = (heads, heads // kv_heads, group_size, scale)
-    with torch.cuda.device_of(q):
+    flags = (cu_seqlens is not None, seq_lens is not None, wrap, config.input_precision(q.dtype, head_dim))
+
+    def by_copies(kernel: str) -> bool:
+        name = config.tma_kernel(kernel, q.dtype, head_dim, capability, group_size, wrap, scale)
+        return name is not None and by_descriptor
+
+    if by_copies("backward_dq"):
+        triton_backward_tma.launch_dq(grad_out, q, k, v, out, lse, delta, dq, *group)
+    else:
         tiles = config.tiles("backward_dq", q.dtype, head_dim, capability, wrap)
         rows, documents, row_tiles, programs = layout(q, tiles.block_m, cu_seqlens)
-        backward_dq_kernel[(programs * heads,)](
-            grad_out, q, k, v, out, lse, delta, dq, cu_seqlens, seq_lens, *all_strides,
-            rows, documents, row_tiles, *sizes,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, **common, **options(tiles),
+        launch(
+            backward_dq_kernel,
+            programs * heads,
+            (
+                grad_out, q, k, v, out, lse, delta, dq, cu_seqlens, seq_lens, *all_strides,
+                rows, documents, row_tiles, *sizes,
+            ),
+            (head_dim, config.block_d(head_dim), tiles.block_m, tiles.block_n, *flags),
+            options(tiles),
         )  # fmt: skip
+    if by_copies("backward_dkdv"):
+        triton_backward_tma.launch_dkdv(grad_out, q, k, v, lse, delta, dk, dv, *group)
+    else:
         tiles = config.tiles("backward_dkdv", q.dtype, head_dim, capability, wrap)
         rows, documents, row_tiles, programs = layout(q, tiles.block_n, cu_seqlens)
-        backward_dkdv_kernel[(programs * kv_heads,)](
-            grad_out, q, k, v, lse, delta, dk, dv, cu_seqlens, seq_lens, *all_strides,
-            rows, documents, row_tiles, *sizes,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, **common, **options(tiles),
+        launch(
+            backward_dkdv_kernel,
+            programs * kv_heads,
+            (
+                grad_out, q, k, v, lse, delta, dk, dv, cu_seqlens, seq_lens, *all_strides,
+                rows, documents, row_tiles, *sizes,
+            ),
+            (head_dim, config.block_d(head_dim), tiles.block_m, tiles.block_n, *flags),
+            options(tiles),
         )  # fmt: skip
     return dq, dk, dv

@@ -8,11 +8,12 @@ start at token `roll` and come around. So there is one rule for both boundaries 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops import triton_interpreted
 from . import config
@@ -62,6 +63,112 @@ def locate(
             length = tl.maximum(tl.minimum(tl.load(seq_lens + batch), owned), 0)
         tile = program % tiles * BLOCK
     return batch, first, tile, owned, length
+
+
+@triton.jit
+def group_tile(
+    item,
+    cu_seqlens,
+    seq_lens,
+    rows,
+    documents,
+    batches,
+    heads,
+    group_size,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+):
+    """Item `item` of the work of a "split" kernel whose tiles start where groups start.
+
+    Returns (head, batch, document's first row, begin, tile, stop, length): the tile is at positions tile .. tile +
+    BLOCK - 1 of a group that begins at `begin`; the tile's owner writes the rows before `stop`, of which those from
+    `length` on are padding. There is no such tile when tile >= stop. Heads vary fastest, so that programs that run
+    together share kv heads; the last tiles of groups, whose walks are the longest, come first. Packed documents take
+    turns instead, document n from item ``(cu_n // BLOCK + cu_n // group_size + 3 n) heads`` on: each of its groups
+    wastes less than a tile, and of groups it has at most two more than whole ones.
+    """
+    head = item % heads
+    turn = item // heads
+    shift = tl.where(head >= heads // 2, group_size - group_size // 2, 0)
+    group_tiles = tl.cdiv(group_size, BLOCK)
+    if PACKED:
+        low = tl.full((), 0, tl.int32)
+        high = tl.full((), 0, tl.int32) + documents
+        while low < high:
+            middle = (low + high + 1) // 2
+            boundary = tl.load(cu_seqlens + middle)
+            before = boundary // BLOCK + boundary // group_size + 3 * middle <= turn
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle - 1)
+        document = tl.load(cu_seqlens + low)
+        owned = tl.load(cu_seqlens + low + 1, mask=low < documents, other=rows) - document
+        length = tl.where(low < documents, owned, 0)
+        batch = tl.full((), 0, tl.int32)
+        turn -= document // BLOCK + document // group_size + 3 * low
+        first_tiles = tl.cdiv(group_size - shift, BLOCK)
+        later = tl.maximum(turn - first_tiles, 0)
+        group = tl.where(turn < first_tiles, 0, 1 + later // group_tiles)
+        tile = tl.where(turn < first_tiles, first_tiles - 1 - turn, group_tiles - 1 - later % group_tiles)
+    else:
+        groups = tl.cdiv(rows + group_size - group_size // 2, group_size)
+        tile = group_tiles - 1 - turn // (groups * batches)
+        turn = turn % (groups * batches)
+        batch = turn // groups
+        group = turn % groups
+        document = tl.full((), 0, tl.int32)
+        owned = tl.full((), 0, tl.int32) + rows
+        length = owned
+        if HAS_LENS:
+            length = tl.maximum(tl.minimum(tl.load(seq_lens + batch), owned), 0)
+    begin = tl.maximum(group * group_size - shift, 0)
+    stop = tl.minimum((group + 1) * group_size - shift, owned)
+    return head, batch, document, begin, begin + tile * BLOCK, stop, length
+
+
+@triton.jit
+def key_tile(
+    item,
+    cu_seqlens,
+    seq_lens,
+    rows,
+    documents,
+    batches,
+    heads,
+    kv_heads,
+    group_size,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_LENS: tl.constexpr,
+):
+    """Item `item` of the work of a kernel that owns tiles of keys, which one kv head may share among query heads of
+    both halves: tiles start at multiples of BLOCK, whatever the groups.
+
+    Returns (kv head, batch, document's first row, tile, stop, length) with the meaning of :func:`group_tile`. The first
+    tiles of groups, whose walks are the longest, come first, as far as tiles and groups divide.
+    """
+    kv_head = item % kv_heads
+    turn = item // kv_heads
+    if PACKED:
+        batch, document, tile, stop, length = locate(
+            turn, cu_seqlens, seq_lens, rows, documents, 1, BLOCK, PACKED, HAS_LENS
+        )
+        batch = tl.cast(batch, tl.int32)
+    else:
+        group_tiles = tl.maximum(group_size // BLOCK, 1)
+        groups = tl.cdiv(tl.cdiv(rows, BLOCK), group_tiles) + 1
+        slot = turn % (groups * batches)
+        batch = slot // groups
+        shifted = kv_head * (heads // kv_heads) >= heads // 2
+        before = tl.where(shifted, (group_size - group_size // 2) // BLOCK, 0)
+        number = slot % groups * group_tiles + turn // (groups * batches) - before
+        document = tl.full((), 0, tl.int32)
+        stop = tl.full((), 0, tl.int32) + rows
+        tile = tl.where(number < 0, stop, number * BLOCK)
+        length = stop
+        if HAS_LENS:
+            length = tl.maximum(tl.minimum(tl.load(seq_lens + batch), stop), 0)
+    return kv_head, batch, document, tile, stop, length
 
 
 @triton.jit
@@ -115,6 +222,12 @@ def load_tile(
 
 
 @triton.jit
+def load_rows(descriptor, batch, head, row, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D] rows of one head by a bulk copy; zeros outside of the tensor."""
+    return descriptor.load([batch, head, row, 0]).reshape([BLOCK, BLOCK_D])
+
+
+@triton.jit
 def store_tile(base, row, stride, column, tile, row_mask, HEAD_DIM: tl.constexpr):
     pointers = base + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=row_mask[:, None] & (column < HEAD_DIM)[None, :])
@@ -137,6 +250,61 @@ def strides(tensor: torch.Tensor) -> tuple[int, int, int]:
     return row, token, head
 
 
+def has_descriptors(*tensors: torch.Tensor) -> bool:
+    """Whether bulk copies can address these tensors: everything but the unit stride of D in steps of 16 bytes."""
+    return all(
+        tensor.data_ptr() % 16 == 0
+        and all(
+            size == 1 or (stride > 0 and stride * tensor.element_size() % 16 == 0)
+            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+        )
+        for tensor in tensors
+    )
+
+
+def descriptor(tensor: torch.Tensor, block: int, block_d: int) -> TensorDescriptor:
+    """[batch, heads, rows, D] of a [batch, rows, heads, D] or packed [rows, heads, D] tensor, by its own strides, in
+    blocks of `block` rows of one head."""
+    if tensor.dim() == 3:
+        tensor = tensor[None]
+    tensor = tensor.transpose(1, 2)
+    # The stride of a dimension of one is of no meaning, and may be anything; the hardware wants multiples of 16 bytes.
+    strides = [
+        tensor.shape[-1] * 16 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], [1, 1, block, block_d])
+
+
+def group_tiles(q: torch.Tensor, group_size: int, block: int, cu_seqlens: torch.Tensor | None) -> int:
+    """Items of work of :func:`group_tile`."""
+    heads = q.shape[-2]
+    if cu_seqlens is not None:
+        return (q.shape[0] // block + q.shape[0] // group_size + 3 * cu_seqlens.shape[0]) * heads
+    groups = triton.cdiv(q.shape[1] + group_size - group_size // 2, group_size)
+    return triton.cdiv(group_size, block) * groups * q.shape[0] * heads
+
+
+def key_tiles(q: torch.Tensor, kv_heads: int, group_size: int, block: int, cu_seqlens: torch.Tensor | None) -> int:
+    """Items of work of :func:`key_tile`."""
+    if cu_seqlens is not None:
+        return (q.shape[0] // block + cu_seqlens.shape[0]) * kv_heads
+    tiles = max(group_size // block, 1)
+    return tiles * (triton.cdiv(triton.cdiv(q.shape[1], block), tiles) + 1) * q.shape[0] * kv_heads
+
+
+def programs_of(work: int, tiles: config.Tiles, device: torch.device) -> int:
+    """Programs for `work` items: one each, or as many as the chip runs side by side."""
+    if tiles.per_processor == 0:
+        return work
+    return min(work, tiles.per_processor * (processors(device.index) if device.type == "cuda" else 3))
+
+
+@cache
+def processors(device: int | None) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def layout(q: torch.Tensor, block: int, cu_seqlens: torch.Tensor | None) -> tuple[int, int, int, int]:
     """(rows per batch entry, documents, tiles per batch entry, programs per head) for tiles of `block` tokens."""
     if cu_seqlens is None:
@@ -146,9 +314,5 @@ def layout(q: torch.Tensor, block: int, cu_seqlens: torch.Tensor | None) -> tupl
     return rows, documents, 0, rows // block + documents + 1
 
 
-def options(tiles: config.Tiles) -> dict[str, Any]:
-    return {
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-        "enable_fp_fusion": config.ENABLE_FP_FUSION,
-    }
+def options(tiles: config.Tiles) -> tuple[int, int, int | None]:
+    return tiles.num_warps, tiles.num_stages, tiles.registers

@@ -11,13 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from . import config
+from ..launch import launch
+from . import config, triton_forward_tma
 from .function import contiguous_like, lse_like
 from .triton_common import (
     LN_2,
     LOG2_E,
     capability_of,
     group_start,
+    has_descriptors,
     layout,
     load_tile,
     locate,
@@ -149,7 +151,7 @@ def forward_kernel(
     )  # fmt: skip
 
     total = tl.where(inside, total, 1.0)
-    acc = tl.where(inside[:, None], acc / total[:, None], 0.0)
+    acc = tl.where(inside[:, None], acc * (1.0 / total)[:, None], 0.0)
     log_sum = tl.where(inside, (largest + tl.log2(total)) * LN_2, float("inf"))
     out += (batch * rows * heads + head) * HEAD_DIM
     lse += (batch * heads + head) * rows
@@ -172,15 +174,25 @@ def forward(
     if q.numel() == 0:
         return out, lse
     heads, head_dim = q.shape[-2:]
-    tiles = config.tiles("forward", q.dtype, head_dim, capability_of(q), wrap)
+    capability = capability_of(q)
+    if config.tma_kernel("forward", q.dtype, head_dim, capability, group_size, wrap, scale) and has_descriptors(
+        q, k, v
+    ):
+        triton_forward_tma.launch_forward(q, k, v, out, lse, group_size, cu_seqlens, seq_lens, scale)
+        return out, lse
+    tiles = config.tiles("forward", q.dtype, head_dim, capability, wrap)
     rows, documents, row_tiles, programs = layout(q, tiles.block_m, cu_seqlens)
-    with torch.cuda.device_of(q):
-        forward_kernel[(programs * heads,)](
-            q, k, v, out, lse, cu_seqlens, seq_lens,
-            *strides(q), *strides(k), *strides(v),
+    launch(
+        forward_kernel,
+        programs * heads,
+        (
+            q, k, v, out, lse, cu_seqlens, seq_lens, *strides(q), *strides(k), *strides(v),
             rows, documents, row_tiles, heads, heads // k.shape[-2], group_size, scale,
-            HEAD_DIM=head_dim, BLOCK_D=config.block_d(head_dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            PACKED=cu_seqlens is not None, HAS_LENS=seq_lens is not None, WRAP=wrap,
-            PRECISION=config.input_precision(q.dtype, head_dim), **options(tiles),
-        )  # fmt: skip
+        ),
+        (
+            head_dim, config.block_d(head_dim), tiles.block_m, tiles.block_n, cu_seqlens is not None,
+            seq_lens is not None, wrap, config.input_precision(q.dtype, head_dim),
+        ),
+        options(tiles),
+    )  # fmt: skip
     return out, lse

@@ -11,8 +11,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmlr.config import JointConfig, RunConfig, TrainConfig, load, recipes, save
+from jmlr.config import JointConfig, RunConfig, TrainConfig, load, recipes, save, task_of
 from jmlr.errors import UserError
+from jmlr.extend.config import load as load_extension
 from jmlr.settings import differences
 
 
@@ -174,7 +175,8 @@ def test_every_recipe_of_the_package_loads_and_is_described() -> None:
     assert "quickstart" in found
     for name, description in found.items():
         assert description, f"the first line of {name}.yaml is not a comment"
-        assert load(name).name == name
+        read = {"joint": load, "extend": load_extension}[task_of(name)]
+        assert read(name).name == name
 
 
 def test_differences_names_the_settings() -> None:

@@ -1,0 +1,162 @@
+"""The kernels by bulk copies: tiles start where groups start, and rows past a document's end may hold anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import assert_as_exact_as_torch
+
+from jmlr_kernels.ops import triton_interpreted
+from jmlr_kernels.shifted_attention import config
+from jmlr_kernels.shifted_attention.function import shifted_sparse_attention
+from jmlr_kernels.shifted_attention.reference import shifted_sparse_attention_reference
+
+pytest.importorskip("triton")
+if not triton_interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from jmlr_kernels.shifted_attention import triton_backward_tma, triton_forward_tma  # noqa: E402
+from jmlr_kernels.shifted_attention.triton_common import has_descriptors, programs_of  # noqa: E402
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The names of the launches by bulk copies, in order."""
+    names: list[str] = []
+    for module, name in (
+        (triton_forward_tma, "launch_forward"),
+        (triton_backward_tma, "launch_dq"),
+        (triton_backward_tma, "launch_dkdv"),
+    ):
+        usual = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, usual=usual, name=name: (names.append(name), usual(*args))[1])
+    return names
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def make_inputs(lead, heads, kv_heads, dim, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        torch.randn(*lead, h, dim, generator=generator).to(dtype).requires_grad_() for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+def results(function, inputs, group_size, **options):
+    out = function(*inputs, group_size, **options)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
+    return (out.detach(), *torch.autograd.grad(out, inputs, grad))
+
+
+CASES = {
+    "whole tiles": ((2, 128), 4, 4, 32, 64, {}),
+    "group of one tile": ((1, 100), 2, 2, 16, 32, {}),
+    "odd group, ragged length": ((1, 151), 4, 2, 16, 37, {}),
+    "odd kv heads": ((1, 90), 6, 3, 8, 40, {}),
+    "one kv head for both halves": ((1, 90), 4, 1, 8, 40, {}),
+    "one head": ((1, 70), 1, 1, 8, 33, {}),
+    "shorter than a group": ((2, 45), 2, 2, 8, 500, {}),
+    "head dim no power of two": ((1, 70), 2, 1, 24, 40, {}),
+    "right padding": ((4, 90), 4, 2, 8, 40, {"seq_lens": int32(90, 0, 1, 53)}),
+    "packed": ((160,), 4, 2, 8, 40, {"cu_seqlens": int32(0, 1, 1, 72, 75, 160)}),
+    "packed with a tail": ((130,), 2, 1, 8, 34, {"cu_seqlens": int32(0, 60, 97)}),
+    "many short documents": ((64,), 2, 2, 8, 64, {"cu_seqlens": int32(*range(0, 65, 4))}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_definition(case, dtype, taken):
+    lead, heads, kv_heads, dim, group_size, lengths = CASES[case]
+    inputs = make_inputs(lead, heads, kv_heads, dim, dtype)
+    actual = results(shifted_sparse_attention, inputs, group_size, backend="triton", **lengths)
+    assert taken == ["launch_forward", "launch_dq", "launch_dkdv"]
+    plain = results(shifted_sparse_attention_reference, inputs, group_size, **lengths)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = results(shifted_sparse_attention_reference, exact, group_size, **lengths)
+    for name, x, y, z in zip(("out", "dq", "dk", "dv"), actual, plain, truth, strict=True):
+        assert_as_exact_as_torch(f"{case} {name}", x, y, z)
+
+
+@pytest.mark.parametrize("case", ["right padding", "packed", "packed with a tail"])
+def test_other_rows_may_hold_nan(case, taken):
+    """Padding, and for one document everybody else's rows: copies carry them along, products must not see them."""
+    lead, heads, kv_heads, dim, group_size, lengths = CASES[case]
+    inputs = make_inputs(lead, heads, kv_heads, dim)
+    clean = results(shifted_sparse_attention, inputs, group_size, backend="triton", **lengths)
+    kept = torch.zeros(lead, dtype=torch.bool)
+    if "seq_lens" in lengths:
+        kept |= torch.arange(lead[1]) < lengths["seq_lens"][:, None]
+        kept[0] = False  # one row of the batch alone
+    else:
+        start, end = lengths["cu_seqlens"][-3:-1].tolist()
+        kept[start:end] = True
+    dirty = [x.detach().clone() for x in inputs]
+    for x in dirty:
+        x[~kept] = float("nan")
+    dirty = [x.requires_grad_() for x in dirty]
+    out = shifted_sparse_attention(*dirty, group_size, backend="triton", **lengths)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
+    grad[~kept] = float("nan")
+    actual = (out.detach(), *torch.autograd.grad(out, dirty, grad))
+    for name, x, y in zip(("out", "dq", "dk", "dv"), actual, clean, strict=True):
+        assert torch.equal(x[kept], y[kept]), name
+    assert set(taken) == {"launch_forward", "launch_dq", "launch_dkdv"}
+
+
+def test_strides_that_no_copy_can_address_take_the_other_kernels(taken):
+    wide = torch.randn(1, 64, 2, 33).requires_grad_()  # rows of 33 numbers do not start at multiples of 16 bytes
+    assert not has_descriptors(wide[..., :32])
+    actual = results(lambda x, **o: shifted_sparse_attention(*[x[..., :32]] * 3, **o), [wide], 32, backend="triton")
+    assert not taken
+    expected = results(lambda x, **o: shifted_sparse_attention_reference(*[x[..., :32]] * 3, **o), [wide], 32)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_transposed_views_are_not_copied(taken):
+    q, k, v = (torch.randn(2, heads, 70, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
+    assert has_descriptors(q, k, v)
+    actual = results(shifted_sparse_attention, [q, k, v], 40, backend="triton")
+    expected = results(shifted_sparse_attention_reference, [q, k, v], 40)
+    assert taken == ["launch_forward", "launch_dq", "launch_dkdv"]
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_when_they_are_taken():
+    def name(kernel="forward", dtype=torch.bfloat16, dim=128, capability=90, group_size=512, wrap=False, scale=1.0):
+        return config.tma_kernel(kernel, dtype, dim, capability, group_size, wrap, scale)
+
+    assert name() == "forward_tma"
+    assert name("backward_dkdv", group_size=2) == "backward_dkdv_tma"
+    refused = ({"dtype": torch.float32}, {"capability": 80}, {"capability": 120}, {"group_size": 64}, {"wrap": True})
+    for change in (*refused, {"scale": -1.0}, {"scale": 0.0}, {"kernel": "backward_dkdv", "dim": 256}):
+        assert name(**change) is None, change
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale, taken):
+    inputs = make_inputs((1, 70), 2, 2, 8)
+    actual = results(shifted_sparse_attention, inputs, 40, scale=scale, backend="triton")
+    expected = results(shifted_sparse_attention_reference, inputs, 40, scale=scale)
+    assert "launch_forward" not in taken
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_persistent_programs_are_as_many_as_fit():
+    persistent = config.Tiles(128, 128, 8, 2, 255, per_processor=2)
+    cpu = torch.device("cpu")
+    assert programs_of(1000, persistent, cpu) == 6
+    assert programs_of(4, persistent, cpu) == 4
+    assert programs_of(1000, persistent._replace(per_processor=0), cpu) == 1000
+
+
+def test_two_runs_are_bit_identical(taken):
+    inputs = make_inputs((1, 151), 4, 2, 16)
+    first, second = (results(shifted_sparse_attention, inputs, 37, backend="triton") for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert len(taken) == 6
