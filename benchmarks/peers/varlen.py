@@ -4,11 +4,12 @@ This is the strongest general form that exists: groups are the call's sequences,
 the heads divide, and every library's fastest kernel can serve. What it costs beyond one call: a second launch, and
 putting the halves' outputs and gradients together, which ``varlen-out`` saves in the forward.
 
-* ``varlen``: ``torch.nn.attention.varlen.varlen_attn``, with the backend that this torch prefers: FlashAttention, from
-  2.14 on cuDNN where it can.
+* ``varlen``: ``torch.nn.attention.varlen.varlen_attn``, with the backend that this torch prefers: FlashAttention,
+  and in the newest releases cuDNN where it can.
 * ``varlen-out``: each call writes its half of one output (torch >= 2.12).
 * ``varlen-flash``, ``varlen-cudnn``: torch's operations behind it, one backend forced where torch would take the other.
-  cuDNN's gets contiguous copies: before 2.15 its gradients are laid out wrongly for views.
+  cuDNN's gets contiguous copies: its gradients take the strides of q, k and v, and releases differ in whether they
+  are allocated so.
 * ``flash-attn``, ``flash-attn-3``, ``flash-attn-4``: Dao et al.'s packages, where they can be imported.
 * ``fla``: flash-linear-attention's parallel attention in Triton, where it can be imported.
 
