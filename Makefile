@@ -1,5 +1,6 @@
 # make train   joint training of retriever and language model          RECIPE=quickstart ARGS="--name first"
 # make test    the fast tests; make test-slow: the others               ARGS="-k maxsim"
+# make test-oldest  the transformers plug-in on the oldest transformers it works with
 # make check   formatter, linter, types
 # make bench   both operations against plain torch on this CPU          OUT=runs/bench
 # make aot     compile every Triton configuration for sm_80/90/100      (no GPU needed)
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow check bench aot gpu tune profile clean
+.PHONY: help train test test-slow test-oldest check bench aot gpu tune profile clean
 
 RECIPE ?= quickstart
 ARGS ?=
@@ -64,6 +65,17 @@ test: .venv-test/.installed .venv-test/.weights .venv-test/.peers
 test-slow: .venv-test/.installed .venv-test/.weights .venv-test/.peers
 	.venv-test/bin/python -m pytest -q -m "slow and not gpu" --timeout=2400 $(ARGS)
 
+# The package itself is not installed there: jmlr needs a newer transformers, the kernels and their plug-in do not.
+.venv-oldest/.installed: constraints-oldest.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found: install python3.11, or give one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt \
+		torch triton transformers accelerate peft numpy pytest pytest-timeout
+	@touch $@
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -q -m "not gpu" tests/integrations/test_transformers_*.py $(ARGS)
+
 check: .venv-test/.installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
@@ -91,5 +103,5 @@ profile:
 	$(GPU_PYTHON) -m tools.profile $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .venv-train .venv-test .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .venv-train .venv-test .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
