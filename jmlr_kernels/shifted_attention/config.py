@@ -92,15 +92,14 @@ def tiles(kernel: str, dtype: torch.dtype, head_dim: int, capability: int, wrap:
 
 def tuning_key(kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> str:
     """The name of a class of launches in tuned.json."""
-    return f"{kernel}-{capability}-{dtype.itemsize}-{block_d(head_dim)}"
+    return f"{kernel}-sm{capability}-{8 * dtype.itemsize}bit-d{block_d(head_dim)}"
 
 
 @cache
 def _tuned() -> dict[str, Tiles]:
     path = Path(__file__).with_name("tuned.json")
-    if not path.is_file():
-        return {}
-    return {key: Tiles(*entry["tiles"]) for key, entry in json.loads(path.read_text())["classes"].items()}
+    found = json.loads(path.read_text())["tiles"] if path.is_file() else {}
+    return {key: Tiles(**fields) for key, fields in found.items()}
 
 
 def candidates(

@@ -1,10 +1,10 @@
 """What the Triton kernels execute, beside what is useful: score tiles walked, times their size.
 
 A kernel multiplies whole tiles: the diagonal, a group's edges and the last tile of a document are computed and masked.
-Everything here is arithmetic on integers that mirrors the loop bounds of ``triton_forward.py``,
-``triton_backward.py`` and their counterparts by bulk copies (``_tma``), tile by tile, for any tile sizes; the tests count the products that Triton's interpreter
-really makes. FLOPs are those of matrix products alone, by the convention of ``flops.py``, with the head dimension as
-the kernels hold it.
+Everything here is arithmetic on integers that mirrors the loop bounds of ``triton_forward.py``, ``triton_backward.py``
+and their counterparts by bulk copies (``_tma``), tile by tile, for any tile sizes; the tests count the products that
+Triton's interpreter really makes. FLOPs are those of matrix products alone, by the convention of ``flops.py``, with the
+head dimension as the kernels hold it.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def group_key_tiles(length: int, group_size: int, block_m: int, block_n: int, sh
 
 
 def group_query_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
-    """As :func:`query_tiles`, of the kernel that walks from a key tile to its last key's group's end in one step size."""
+    """As :func:`query_tiles`, of the kernel that walks to the end of a tile's last group in steps of one size."""
     return sum(
         _tiles(_group_end(min(tile + block_n, length) - 1, shift, group_size, length) - tile, block_m)
         for tile in range(0, length, block_n)

@@ -157,6 +157,8 @@ def _attention_config(*found: AttentionTiles) -> SimpleNamespace:
     """The real tiles, and candidates as the protocol has them."""
     return SimpleNamespace(
         KERNELS=attention_config.KERNELS,
+        TMA_KERNELS=attention_config.TMA_KERNELS,
+        BULK_COPIES=attention_config.BULK_COPIES,
         tiles=attention_config.tiles,
         candidates=lambda kernel, dtype, head_dim, capability: found,
         tuning_key=lambda kernel, dtype, head_dim, capability: f"{kernel}-sm{capability}-d{head_dim}",
@@ -167,8 +169,12 @@ def test_attention_searches_cover_each_kernel_and_head_dimension() -> None:
     config = _attention_config(AttentionTiles(16, 16), AttentionTiles(32, 16))
     found = tune.attention_searches(config, 90, torch.bfloat16)
     assert [search.key for search in found] == [
-        f"{kernel}-sm90-d{dim}" for dim in (128, 64) for kernel in attention_config.KERNELS
+        f"{kernel}-sm90-d{dim}"
+        for dim in (128, 64)
+        for kernel in attention_config.TMA_KERNELS + attention_config.KERNELS
     ]
+    ordinary = tune.attention_searches(config, 80, torch.bfloat16)
+    assert [search.kernel for search in ordinary] == [*attention_config.KERNELS] * 2
     assert {case.group_size for case in found[0].cases} == {512, 1024, 2048}
     for search in found:
         assert (search.direction == FORWARD) == search.key.startswith("forward")

@@ -166,3 +166,12 @@ def test_two_runs_are_bit_identical(taken):
     first, second = (results(shifted_sparse_attention, inputs, 37, backend="triton") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert len(taken) == 6
+
+
+def test_tuned_tiles_go_before_the_guess(monkeypatch):
+    found = config.Tiles(64, 64, 4, 2, 255, 2)
+    monkeypatch.setattr(config, "_tuned", lambda: {"forward_tma-sm90-16bit-d128": found})
+    assert config.tiles("forward_tma", torch.bfloat16, 96, 90) == found
+    assert config.tiles("forward_tma", torch.bfloat16, 64, 90) != found
+    # Smaller tiles serve smaller groups.
+    assert config.tma_kernel("forward", torch.bfloat16, 128, 90, 64, False, 1.0) == "forward_tma"
