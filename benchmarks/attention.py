@@ -72,12 +72,11 @@ def executed_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype
     capability = triton_common.capability_of(torch.empty(0, device=device))
 
     def launch(kernel: str) -> int:
-        scale = case.dim**-0.5
-        kernel = config.tma_kernel(kernel, dtype, case.dim, capability, case.group_size, False, scale) or kernel
-        tiles = config.tiles(kernel, dtype, case.dim, capability)
-        dim = config.block_d(case.dim)
+        by_copies = config.tma_kernel(kernel, dtype, case.dim, capability, case.group_size, False, case.dim**-0.5)
+        name = by_copies or kernel  # a case's tensors are ones that bulk copies can address
+        tiles, dim = config.tiles(name, dtype, case.dim, capability), config.block_d(case.dim)
         return executed.executed_flops(
-            kernel, case.lengths(), case.group_size, case.heads, dim, tiles.block_m, tiles.block_n
+            name, case.lengths(), case.group_size, case.heads, dim, tiles.block_m, tiles.block_n
         )
 
     forward, backward = launch("forward"), launch("backward_dq") + launch("backward_dkdv")

@@ -87,17 +87,27 @@ ATTENTION_DIMENSIONS = (128, 64)
 class AttentionConfig(Protocol):
     """What the tuner asks of jmlr_kernels/shifted_attention/config.py.
 
-    ``candidates`` gives tiles, NamedTuples or dataclasses, the guess first; ``tuning_key`` names the entry of
-    tuned.json that ``tiles`` looks up before it guesses. ``tiles`` must be asked at every launch, by that name.
+    ``candidates`` gives tiles, the guess first; ``tuning_key`` names the entry of tuned.json that ``tiles`` looks up
+    before it guesses; ``tma_kernel`` says which kernel really does a kernel's work. ``tiles`` is asked at every launch,
+    by that name.
     """
 
     KERNELS: tuple[str, ...]
-    TMA_KERNELS: tuple[str, ...]
-    BULK_COPIES: tuple[int, ...]
 
     def candidates(self, kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> Sequence[Any]: ...
 
     def tuning_key(self, kernel: str, dtype: torch.dtype, head_dim: int, capability: int) -> str: ...
+
+    def tma_kernel(
+        self,
+        kernel: str,
+        dtype: torch.dtype,
+        head_dim: int,
+        capability: int,
+        group_size: int,
+        wrap: bool,
+        scale: float,
+    ) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -124,23 +134,18 @@ class Search:
 def attention_searches(
     config: AttentionConfig, capability: int, dtype: torch.dtype, dry_run: bool = False
 ) -> list[Search]:
-    """Every kernel and head dimension with more than one candidate; none where config.py lists no candidates."""
-    if not hasattr(config, "candidates"):
-        return []
-    shapes = (AttentionCase(20, 12, heads=2, kv_heads=1),) if dry_run else ATTENTION_SHAPES
-    found = [
-        Search(
-            config.tuning_key(kernel, dtype, dim, capability),
-            "tiles",
-            tuple(config.candidates(kernel, dtype, dim, capability)),
-            tuple(replace(case, dim=dim) for case in shapes),
-            "attention",
-            kernel,
-        )
-        for dim in ((16,) if dry_run else ATTENTION_DIMENSIONS)
-        for kernel in config.TMA_KERNELS + config.KERNELS
-        if kernel not in config.TMA_KERNELS or capability in config.BULK_COPIES
-    ]
+    """Every kernel that is launched here and head dimension with more than one candidate."""
+    # In the interpreter bulk copies serve a dry run as well, if its groups are as long as the longest tiles.
+    shapes = (AttentionCase(150, 130, heads=2, kv_heads=1),) if dry_run else ATTENTION_SHAPES
+    shortest = min(case.group_size for case in shapes)
+    found = []
+    for dim in (16,) if dry_run else ATTENTION_DIMENSIONS:
+        for name in config.KERNELS:
+            kernel = config.tma_kernel(name, dtype, dim, capability, shortest, False, dim**-0.5) or name
+            tiles = tuple(config.candidates(kernel, dtype, dim, capability))
+            key = config.tuning_key(kernel, dtype, dim, capability)
+            cases = tuple(replace(case, dim=dim) for case in shapes)
+            found.append(Search(key, "tiles", tiles, cases, "attention", kernel))
     return [search for search in found if len(search.tiles) > 1]
 
 
@@ -273,13 +278,28 @@ def search_one(
     }
 
 
-def merge(table: dict[str, Any], key: str, entry: dict[str, Any], environment: dict[str, Any]) -> None:
-    """Put one class into the table: ``tiles`` is what config.py reads, ``measured`` says where it comes from."""
+def merge(
+    table: dict[str, Any], key: str, entry: dict[str, Any], environment: dict[str, Any], operation: str = "maxsim"
+) -> None:
+    """Put one class into the table, tiles as the operation's config.py reads them and where they come from.
+
+    MaxSim: ``tiles`` by key, ``measured`` apart. Attention: ``classes`` by key, with the tiles' numbers and the rest; a
+    class of which no candidate runs goes to ``failed`` and keeps what it had.
+    """
     kept = {name: environment[name] for name in ("gpu", "triton", "torch", "commit", "date")}
+    measured = {**kept, **{name: entry[name] for name in entry if name != "tiles"}}
+    if operation == "attention":
+        classes, failed = table.setdefault("classes", {}), table.setdefault("failed", {})
+        if entry["tiles"] is None:
+            failed[key] = measured
+        else:
+            failed.pop(key, None)
+            classes[key] = {"tiles": list(entry["tiles"].values()), **measured}
+        return
     table.setdefault("tiles", {})
     if entry["tiles"] is not None:
         table["tiles"][key] = entry["tiles"]
-    table.setdefault("measured", {})[key] = {**kept, **{name: entry[name] for name in entry if name != "tiles"}}
+    table.setdefault("measured", {})[key] = measured
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -365,7 +385,7 @@ def _table(operation: str, out: Path | None, dry_run: bool) -> Path | None:
 def _keep(search: Search, entry: dict[str, Any], environment: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         table = json.loads(path.read_text()) if path.is_file() else {}
-        merge(table, search.key, entry, environment)
+        merge(table, search.key, entry, environment, search.operation)
         path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 

@@ -98,8 +98,9 @@ def tuning_key(kernel: str, dtype: torch.dtype, head_dim: int, capability: int) 
 @cache
 def _tuned() -> dict[str, Tiles]:
     path = Path(__file__).with_name("tuned.json")
-    found = json.loads(path.read_text())["tiles"] if path.is_file() else {}
-    return {key: Tiles(**fields) for key, fields in found.items()}
+    if not path.is_file():
+        return {}
+    return {key: Tiles(*entry["tiles"]) for key, entry in json.loads(path.read_text())["classes"].items()}
 
 
 def candidates(

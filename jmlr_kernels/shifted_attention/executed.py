@@ -2,24 +2,14 @@
 
 A kernel multiplies whole tiles: the diagonal, a group's edges and the last tile of a document are computed and masked.
 Everything here is arithmetic on integers that mirrors the loop bounds of ``triton_forward.py``, ``triton_backward.py``
-and their counterparts by bulk copies (``_tma``), tile by tile, for any tile sizes; the tests count the products that
-Triton's interpreter really makes. FLOPs are those of matrix products alone, by the convention of ``flops.py``, with the
-head dimension as the kernels hold it.
+and their ``_tma`` siblings, tile by tile, for any tile sizes; the tests count the products that Triton's interpreter
+really makes. FLOPs are those of matrix products alone, by the convention of ``flops.py``, with the head dimension as
+the kernels hold it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-# Matrix products over each score tile: q k and p v; q k, g v and ds k; k q, p g, v g and ds q.
-PRODUCTS = {
-    "forward": 2,
-    "backward_dq": 3,
-    "backward_dkdv": 4,
-    "forward_tma": 2,
-    "backward_dq_tma": 3,
-    "backward_dkdv_tma": 4,
-}
+from collections.abc import Callable, Sequence
 
 
 def executed_flops(
@@ -35,7 +25,7 @@ def executed_flops(
     """FLOPs of one launch of `kernel` over documents of these `lengths`.
 
     Args:
-        kernel: "forward", "backward_dq" or "backward_dkdv", or one of these with "_tma" behind, for "split" alone.
+        kernel: a name of config.KERNELS or config.TMA_KERNELS; the latter know "split" alone.
         lengths: tokens of each document, without padding: nothing is multiplied for padding.
         group_size: G, in tokens.
         heads: query heads; kv heads change what is loaded, not what is multiplied.
@@ -44,20 +34,20 @@ def executed_flops(
         boundary: "split" or "wrap".
 
     Raises:
-        ValueError: a kernel or boundary of another name.
+        ValueError: a kernel or boundary of another name, or a pair that does not go together.
     """
-    if kernel not in PRODUCTS or boundary not in ("split", "wrap") or (boundary == "wrap" and "tma" in kernel):
+    if kernel not in _KERNELS or boundary not in ("split", "wrap") or (kernel.endswith("_tma") and boundary == "wrap"):
         raise ValueError(
-            f"kernel={kernel!r}, boundary={boundary!r}: choose of {', '.join(PRODUCTS)} and 'split' or, without"
-            " bulk copies, 'wrap'"
+            f"kernel={kernel!r}, boundary={boundary!r}: choose of {', '.join(_KERNELS)}, and 'split' or, but for those"
+            " of bulk copies, 'wrap'"
         )
-    count = _COUNTS[kernel]
+    products, count = _KERNELS[kernel]
     walked = 0
     for length in lengths:
-        plain = count(length, group_size, block_m, block_n)
+        plain = count(length, group_size, block_m, block_n, 0, 0)
         shifted = count(length, group_size, block_m, block_n, *_shift_and_roll(length, group_size, boundary))
         walked += heads // 2 * plain + (heads - heads // 2) * shifted
-    return 2 * PRODUCTS[kernel] * padded_dim * block_m * block_n * walked
+    return 2 * products * padded_dim * block_m * block_n * walked
 
 
 def key_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
@@ -102,31 +92,19 @@ def query_tiles(length: int, group_size: int, block_m: int, block_n: int, shift:
 
 
 def group_key_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
-    """As :func:`key_tiles`, of the kernels whose query tiles start where groups start."""
-    walked = 0
-    for group in range(_tiles(length + shift, group_size)):
-        begin = max(group * group_size - shift, 0)
-        stop = min((group + 1) * group_size - shift, length)
+    """:func:`key_tiles` of the kernels by bulk copies, whose query tiles start where groups start."""
+    walked, begin = 0, 0
+    while begin < length:
+        stop = _group_end(begin, shift, group_size, length)
         walked += sum(_tiles(min(tile + block_m, stop) - begin, block_n) for tile in range(begin, stop, block_m))
+        begin = stop
     return walked
 
 
 def group_query_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
-    """As :func:`query_tiles`, of the kernel that walks to the end of a tile's last group in steps of one size."""
-    return sum(
-        _tiles(_group_end(min(tile + block_n, length) - 1, shift, group_size, length) - tile, block_m)
-        for tile in range(0, length, block_n)
-    )
-
-
-_COUNTS = {
-    "forward": key_tiles,
-    "backward_dq": key_tiles,
-    "backward_dkdv": query_tiles,
-    "forward_tma": group_key_tiles,
-    "backward_dq_tma": group_key_tiles,
-    "backward_dkdv_tma": group_query_tiles,
-}
+    """:func:`query_tiles` of the kernel by bulk copies: from the key tile's start to its last key's group's end."""
+    last_keys = ((tile, min(tile + block_n, length) - 1) for tile in range(0, length, block_n))
+    return sum(_tiles(_group_end(last, shift, group_size, length) - tile, block_m) for tile, last in last_keys)
 
 
 def _shift_and_roll(length: int, group_size: int, boundary: str) -> tuple[int, int]:
@@ -146,3 +124,15 @@ def _group_end(position: int, shift: int, group_size: int, length: int) -> int:
 
 def _tiles(rows: int, block: int) -> int:
     return -(-rows // block)
+
+
+# Matrix products over each score tile (q k and p v; q k, g v and ds k; k q, p g, v g and ds q), and the tiles walked by
+# one head: of (length, group size, query rows, key rows, shift, roll).
+_KERNELS: dict[str, tuple[int, Callable[[int, int, int, int, int, int], int]]] = {
+    "forward": (2, key_tiles),
+    "backward_dq": (3, key_tiles),
+    "backward_dkdv": (4, query_tiles),
+    "forward_tma": (2, group_key_tiles),
+    "backward_dq_tma": (3, group_key_tiles),
+    "backward_dkdv_tma": (4, group_query_tiles),
+}

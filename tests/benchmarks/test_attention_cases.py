@@ -185,11 +185,19 @@ def test_executed_flops_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     found = attention.executed_flops(case, CPU, torch.bfloat16)
     # Groups of two tiles: 3 score tiles of 4 in each; the shifted half has two half groups of one tile.
     walked = 2 * (4 * 3) + 2 * (1 + 3 * 3 + 1)
-    assert found == {
+    expected = {
         FORWARD: 2 * 2 * 128 * 128**2 * walked,
         BACKWARD: 7 * 2 * 128 * 128**2 * walked,
         STEP: 9 * 2 * 128 * 128**2 * walked,
     }
+    assert found == expected
+    # Tiles that start where groups start waste less where groups are no multiples of them.
+    odd = replace(case, group_size=200)
+    copied = attention.executed_flops(odd, CPU, torch.bfloat16)
+    monkeypatch.setattr(config, "tma_kernel", lambda *_: None)
+    plain = attention.executed_flops(odd, CPU, torch.bfloat16)
+    assert attention.executed_flops(case, CPU, torch.bfloat16) == expected
+    assert copied and plain and copied[FORWARD] < plain[FORWARD]
 
 
 def test_rates_and_the_backward_that_was_not_timed() -> None:

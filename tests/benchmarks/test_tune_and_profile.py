@@ -6,10 +6,10 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import pytest
 import torch
@@ -146,81 +146,82 @@ def test_forced_tiles_reach_the_kernel() -> None:
         assert getattr(real_config, function) is usual
 
 
-class AttentionTiles(NamedTuple):
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-    num_stages: int = 1
-
-
-def _attention_config(*found: AttentionTiles) -> SimpleNamespace:
-    """The real tiles, and candidates as the protocol has them."""
-    return SimpleNamespace(
-        KERNELS=attention_config.KERNELS,
-        TMA_KERNELS=attention_config.TMA_KERNELS,
-        BULK_COPIES=attention_config.BULK_COPIES,
-        tiles=attention_config.tiles,
-        candidates=lambda kernel, dtype, head_dim, capability: found,
-        tuning_key=lambda kernel, dtype, head_dim, capability: f"{kernel}-sm{capability}-d{head_dim}",
+@pytest.mark.parametrize(("capability", "suffix"), [(90, "_tma"), (100, "_tma"), (80, "")])
+def test_attention_searches_are_of_the_kernels_that_run(
+    capability: int, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a second candidate for every kernel, each kernel and head dimension is searched, once."""
+    config: Any = attention_config
+    first = attention_config.candidates
+    monkeypatch.setattr(
+        attention_config, "candidates", lambda *facts: (*first(*facts)[:1], attention_config.Tiles(16, 16, 4, 1))
     )
-
-
-def test_attention_searches_cover_each_kernel_and_head_dimension() -> None:
-    config = _attention_config(AttentionTiles(16, 16), AttentionTiles(32, 16))
-    found = tune.attention_searches(config, 90, torch.bfloat16)
-    assert [search.key for search in found] == [
-        f"{kernel}-sm90-d{dim}"
-        for dim in (128, 64)
-        for kernel in attention_config.TMA_KERNELS + attention_config.KERNELS
+    found = tune.attention_searches(config, capability, torch.bfloat16)
+    assert [(search.kernel, search.cases[0].dim) for search in found] == [
+        (kernel + suffix, dim) for dim in (128, 64) for kernel in attention_config.KERNELS
     ]
-    ordinary = tune.attention_searches(config, 80, torch.bfloat16)
-    assert [search.kernel for search in ordinary] == [*attention_config.KERNELS] * 2
     assert {case.group_size for case in found[0].cases} == {512, 1024, 2048}
     for search in found:
-        assert (search.direction == FORWARD) == search.key.startswith("forward")
-        assert search.direction in (FORWARD, BACKWARD) and all(f"d{case.dim}" in search.key for case in search.cases)
-    assert tune.attention_searches(_attention_config(AttentionTiles(16, 16)), 90, torch.bfloat16) == []
-    assert tune.attention_searches(SimpleNamespace(KERNELS=("forward",)), 90, torch.bfloat16) == []
+        kernel = search.kernel or ""
+        assert search.direction == (FORWARD if kernel.startswith("forward") else BACKWARD)
+        assert search.key == attention_config.tuning_key(kernel, torch.bfloat16, search.cases[0].dim, capability)
+    monkeypatch.setattr(attention_config, "candidates", lambda *facts: first(*facts)[:1])
+    assert tune.attention_searches(config, capability, torch.bfloat16) == []
 
 
-@pytest.mark.parametrize("kernel", attention_config.KERNELS)
+@pytest.mark.parametrize("kernel", attention_config.TMA_KERNELS)
 def test_attention_tiles_are_searched(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the real kernels in the interpreter: the forced tiles reach the one kernel, and no other."""
     if not real_config.interpreted():
         pytest.skip("Triton was imported without its interpreter")
-    asked: list[tuple[str, Any]] = []
-    usual = attention_config.tiles
+    module, usual = attention_config, attention_config.tiles
+    launched: set[tuple[str, int]] = set()
 
-    def answer(name: str, *rest: Any, **options: Any) -> Any:
-        return usual(name, *rest, **options)
+    def launch(function: Any, programs: int, arguments: Any, constants: Any, options: Any) -> None:
+        launched.add((function.fn.__name__.removesuffix("_kernel"), constants[2]))
+        real_launch(function, programs, arguments, constants, options)
 
-    monkeypatch.setattr(attention_config, "tiles", answer)
-    monkeypatch.setattr(
-        attention_config, "candidates", lambda *_: (AttentionTiles(16, 16), AttentionTiles(32, 16)), raising=False
-    )
-    monkeypatch.setattr(attention_config, "tuning_key", lambda name, *_: name, raising=False)
+    from jmlr_kernels.launch import launch as real_launch
+    from jmlr_kernels.shifted_attention import triton_backward_tma, triton_forward_tma
+
+    for holder in (triton_forward_tma, triton_backward_tma):
+        monkeypatch.setattr(holder, "launch", launch)
     monkeypatch.setattr(tune, "SECONDS_PER_RACE", 0.0)
-    module: Any = attention_config
     (search,) = [
-        one for one in tune.attention_searches(module, 90, torch.bfloat16, dry_run=True) if one.kernel == kernel
+        one
+        for one in tune.attention_searches(cast(Any, module), 90, torch.bfloat16, dry_run=True)
+        if one.kernel == kernel
     ]
-    with tune.forced(module, "tiles", AttentionTiles(64, 64), kernel):
-        for name in attention_config.KERNELS:
-            asked.append((name, module.tiles(name, torch.float32, 16, 0)))
-    assert [tiles == AttentionTiles(64, 64) for _, tiles in asked] == [name == kernel for name, _ in asked]
-    entry = tune.search_one(search, module, CPU, torch.float32, float("inf"))
-    assert entry is not None and not entry["problems"] and entry["tiles"]["block_n"] == 16
-    assert set(entry["milliseconds"]) == {f"block_m={rows} block_n=16 num_warps=4 num_stages=1" for rows in (16, 32)}
-    assert module.tiles is answer
+    monkeypatch.setattr("benchmarks.timing.FEWEST_ROUNDS", 3)
+    choices = (module.Tiles(16, 32, 4, 1), module.Tiles(64, 32, 4, 1))
+    smaller = replace(search, tiles=choices, cases=(replace(search.cases[0], length=70, group_size=64),))
+    entry = tune.search_one(smaller, module, CPU, torch.float32, float("inf"))
+    assert entry is not None and not entry["problems"] and entry["tiles"]["block_m"] in (16, 64)
+    assert {rows for name, rows in launched if name == kernel} == {16, 64}
+    others = {name: rows for name, rows in launched if name != kernel}
+    assert all(rows == usual(name, torch.float32, 16, module.INTERPRETER).block_m for name, rows in others.items())
+    assert module.tiles is usual
 
 
-def test_each_operation_has_its_table(tmp_path: Path) -> None:
+def test_each_operation_has_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And attention's config.py reads what the tuner writes; a class of which nothing runs keeps what it had."""
     assert tune._table("maxsim", None, False) == tune.TABLES["maxsim"] and tune._table("maxsim", None, True) is None
     assert tune._table("attention", None, False) == ROOT / "jmlr_kernels" / "shifted_attention" / "tuned.json"
     assert tune._table("attention", tmp_path / "tune.json", True) == tmp_path / "tune-attention.json"
     where = {"gpu": "NVIDIA H200", "triton": "3.7.1", "torch": "2.13.0", "commit": "abc", "date": "today"}
     tune._keep(_search(1), {"tiles": {"rows": 2}, "problems": {}}, where, tmp_path / "tune.json")
     assert json.loads((tmp_path / "tune.json").read_text())["tiles"] == {"key": {"rows": 2}}
+
+    key = attention_config.tuning_key("forward_tma", torch.bfloat16, 128, 90)
+    best = attention_config.Tiles(64, 128, 4, 3, None, 2)
+    search = tune.Search(key, "tiles", (best,), CASES, "attention", "forward_tma")
+    for tiles in (tune.fields_of(best), None):
+        tune._keep(search, {"tiles": tiles, "problems": {}}, where, tmp_path / "tuned.json")
+    monkeypatch.setattr(attention_config, "__file__", str(tmp_path / "config.py"))
+    attention_config._tuned.cache_clear()
+    assert attention_config.tiles("forward_tma", torch.bfloat16, 128, 90) == best
+    monkeypatch.undo()
+    attention_config._tuned.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -13,11 +13,14 @@ import torch
 import jmlr_kernels
 from jmlr_kernels.ops import triton_interpreted
 from jmlr_kernels.shifted_attention import config
-from jmlr_kernels.shifted_attention.executed import PRODUCTS, executed_flops, key_tiles, query_tiles
+from jmlr_kernels.shifted_attention.executed import (
+    executed_flops,
+    group_key_tiles,
+    group_query_tiles,
+    key_tiles,
+    query_tiles,
+)
 from jmlr_kernels.shifted_attention.flops import attention_pairs
-
-if triton_interpreted():
-    from jmlr_kernels.shifted_attention.triton_common import has_descriptors
 
 pytestmark = [
     pytest.mark.skipif(not triton_interpreted(), reason="needs TRITON_INTERPRET=1"),
@@ -58,29 +61,35 @@ def _documents(rng: random.Random, layout: str) -> tuple[list[int], dict[str, An
     return [lengths[-1]] * 2, {}, (2, lengths[-1])
 
 
-@pytest.mark.parametrize("boundary", ["split", "wrap"])
+PRODUCTS = {"forward": 2, "backward_dq": 3, "backward_dkdv": 4}
+
+
+@pytest.mark.parametrize("kind", ["wrap", "split", "split by bulk copies"])
 @pytest.mark.parametrize("layout", ["dense", "padded", "packed"])
-def test_executed_flops_are_what_the_kernels_multiply(layout: str, boundary: str, counted: Counter[str]) -> None:
-    rng = random.Random(f"{layout} {boundary}")
-    for heads, kv_heads in ((2, 1), (3, 3), (1, 1), (4, 2)):
+def test_executed_flops_are_what_the_kernels_multiply(
+    layout: str, kind: str, counted: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, boundary = random.Random(f"{layout} {kind}"), kind.split()[0]
+    copies = kind.endswith("copies")
+    if not copies:
+        monkeypatch.setattr(config, "tma_kernel", lambda *_: None)
+    for heads, kv_heads in ((2, 1), (3, 3)):
         lengths, arguments, lead = _documents(rng, layout)
-        group_size, dim = rng.choice((rng.randint(2, 31), rng.randint(32, 60))), rng.choice((16, 20))
+        group_size, dim = rng.randint(32, 60) if copies else rng.randint(2, 60), rng.choice((16, 20))
         q, k, v = (torch.randn(*lead, count, dim, requires_grad=True) for count in (heads, kv_heads, kv_heads))
         counted.clear()
         out = jmlr_kernels.shifted_sparse_attention(
             q, k, v, group_size, boundary=boundary, backend="triton", **arguments
         )
         torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
-        for kernel in config.KERNELS:
-            wrap = boundary == "wrap"
-            options = (torch.float32, dim, config.INTERPRETER)
-            by_copies = config.tma_kernel(kernel, *options, group_size, wrap, dim**-0.5)
-            kernel = by_copies if by_copies and has_descriptors(q, k, v) else kernel
-            tiles = config.tiles(kernel, *options, wrap)
+        names = [f"{name}_tma" if copies else name for name in PRODUCTS]
+        assert {name for name, flops in counted.items() if flops} <= {*names}
+        for name in names:
+            tiles = config.tiles(name, torch.float32, dim, config.INTERPRETER, boundary == "wrap")
             expected = executed_flops(
-                kernel, lengths, group_size, heads, config.block_d(dim), tiles.block_m, tiles.block_n, boundary
+                name, lengths, group_size, heads, config.block_d(dim), tiles.block_m, tiles.block_n, boundary
             )
-            assert counted[kernel] == expected, (kernel, lengths, group_size)
+            assert counted[name] == expected > 0, (name, lengths, group_size)
 
 
 @pytest.mark.parametrize("blocks", [(16, 16), (128, 64), (64, 128)])
@@ -91,19 +100,24 @@ def test_useful_is_never_more_than_executed(blocks: tuple[int, int]) -> None:
         for boundary in ("split", "wrap"):
             pairs = attention_pairs(length, group_size, boundary).total(5)
             for kernel, products in PRODUCTS.items():
-                if boundary == "wrap" and kernel in config.TMA_KERNELS:
-                    continue
+                if boundary == "split":
+                    assert (
+                        executed_flops(f"{kernel}_tma", [length], group_size, 5, 64, *blocks)
+                        >= 2 * products * 64 * pairs
+                    )
                 executed = executed_flops(kernel, [length], group_size, 5, 64, *blocks, boundary)
                 assert executed >= 2 * products * 64 * pairs
 
 
 def test_tiles_counted_by_hand() -> None:
     """Tiles of 128 divide groups of 1024 and their halves: of 8 x 8 tiles, 36 are on or below the diagonal."""
-    for count in (key_tiles, query_tiles):
+    for count in (key_tiles, query_tiles, group_key_tiles, group_query_tiles):
         assert count(4096, 1024, 128, 128) == 4 * 36
         assert count(4096, 1024, 128, 128, shift=512) == 10 + 3 * 36 + 10
     # Queries 192 to 255 of a group of 256 need four key tiles of 64, those before one less each.
     assert key_tiles(512, 256, 64, 64) == query_tiles(512, 256, 64, 64) == 2 * (1 + 2 + 3 + 4)
+    # Tiles that start with the groups waste the group's last one alone; the others straddle edges.
+    assert group_key_tiles(200, 100, 64, 64) == 2 * (1 + 2) < key_tiles(200, 100, 64, 64)
     # A key tile of 32 in the last query tile of 64 still meets it whole.
     assert query_tiles(64, 64, 64, 32) == 2
 
