@@ -58,7 +58,7 @@ def test_smollm2_walks_through_two_steps(tmp_path: Path) -> None:
     _, rows = results(run)
     assert rows["split"]["tokens"] == 256 and all(math.isfinite(row["perplexity"][-1]["mean"]) for row in rows.values())
     assert rows["untouched"]["perplexity"][-1]["mean"] < rows["interpolated"]["perplexity"][-1]["mean"]
-    # The first step starts from the same weights: with half of the heads seeing half as far, losses are near, not equal.
+    # The first step starts from the same weights: half of the heads see half as far, losses are near, not equal.
     losses = {name: rows[name]["history"][0][1] for name in ("full", "split", "wrap")}
     assert len(set(losses.values())) == 3 and max(losses.values()) - min(losses.values()) < 0.5, losses
 
