@@ -60,7 +60,9 @@ def extension() -> dict[str, str]:
     shares = ", ".join(f"{LABELS[name]} {pairs[name] / pairs['full']:.4f}" for name in pairs if pairs[name])
     return {
         "table": table,
-        "seeds": "\n".join([f"Dense, windows of {target:,} tokens, against full attention at the same seed:", "", *seeds]),
+        "seeds": "\n".join(
+            [f"Dense, windows of {target:,} tokens, against full attention at the same seed:", "", *seeds]
+        ),
         "quarters": "\n".join(quarters),
         "flops": f"Attention FLOPs relative to full attention: {shares}.",
     }
