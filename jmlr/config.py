@@ -57,6 +57,7 @@ class LLMConfig:
     s2_group_size: int = number(128, low=2)  # tokens
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     embedding_std: float = number(0.02, above=0)  # of token embeddings from scratch
+    weight_std: float = number(0.02, above=0)  # of every other weight from scratch
     freeze_embeddings: bool = False  # held at random, a small model cannot memorise answers by name
     lora_rank: int = number(0, low=0)  # 0: full fine-tuning
     lora_alpha: float = number(16.0, above=0)

@@ -31,6 +31,7 @@ def build_llm(config: LLMConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaFor
         num_key_value_heads=config.kv_heads,
         intermediate_size=config.intermediate_size,
         max_position_embeddings=config.max_length,
+        initializer_range=config.weight_std,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

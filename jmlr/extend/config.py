@@ -38,6 +38,7 @@ class ModelConfig:
     heads: int = number(4, low=2)
     kv_heads: int = number(2, low=1)
     intermediate_size: int = number(384, low=1)
+    weight_std: float = number(0.08, above=0)  # 0.02 is meant for models ten times as wide: they wake late
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
@@ -46,7 +47,17 @@ class ModelConfig:
 
     def llm(self, **changes: Any) -> LLMConfig:
         """The same in the words of :mod:`jmlr.llm`."""
-        names = ("path", "package", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "dtype")
+        names = (
+            "path",
+            "package",
+            "hidden_size",
+            "layers",
+            "heads",
+            "kv_heads",
+            "intermediate_size",
+            "weight_std",
+            "dtype",
+        )
         same: dict[str, Any] = {name: getattr(self, name) for name in names}
         return LLMConfig(**{**same, "max_length": self.context_length, "attention": "sdpa", **changes})
 

@@ -144,7 +144,8 @@ class WindowTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         """The mean cross-entropy of the batch in nats."""
-        loss = token_losses(model, inputs["input_ids"], inputs["labels"], self.logits_chunk).mean()
+        with self.accelerator.autocast():  # accelerate puts it around the model's own forward, which makes all logits
+            loss = token_losses(model, inputs["input_ids"], inputs["labels"], self.logits_chunk).mean()
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
