@@ -26,7 +26,9 @@ def take(run_dir: Path) -> Path:
     for record in (result["base"], *result["rows"]):
         record.pop("history", None)
     result["commit"] = describe()["commit"]
-    path = RESULTS / f"{result['name']}-seed{result['config']['seed']}.json"
+    seed, threads = result["config"]["seed"], result["config"]["threads"]
+    result["command"] = f"jmlr train --recipe longlora --set seed={seed} --set threads={threads}"
+    path = RESULTS / f"longlora-seed{seed}.json"
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
