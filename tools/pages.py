@@ -18,6 +18,7 @@ from jmlr.extend.table import LABELS, markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+UNMEASURED = "No result is committed yet."
 
 
 def take(run_dir: Path) -> Path:
@@ -26,7 +27,9 @@ def take(run_dir: Path) -> Path:
     for record in (result["base"], *result["rows"]):
         record.pop("history", None)
     result["commit"] = describe()["commit"]
-    path = RESULTS / f"{result['name']}-seed{result['config']['seed']}.json"
+    seed, threads = result["config"]["seed"], result["config"]["threads"]
+    result["command"] = f"jmlr train --recipe longlora --set seed={seed} --set threads={threads}"
+    path = RESULTS / f"longlora-seed{seed}.json"
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
@@ -39,6 +42,8 @@ def _read(pattern: str) -> list[dict[str, Any]]:
 def extension() -> dict[str, str]:
     """Sections of docs/longlora.md."""
     runs = _read("longlora-seed*.json")
+    if not runs:
+        return dict.fromkeys(("table", "seeds", "quarters", "flops"), UNMEASURED)
     first = runs[0]
     made, target = first["environment"], first["config"]["extend"]["target_length"]
     table = (
@@ -70,7 +75,10 @@ def extension() -> dict[str, str]:
 
 def label_leak() -> dict[str, str]:
     """Sections of docs/label-leak.md."""
-    (result,) = _read("label-leak.json")
+    found = _read("label-leak.json")
+    if not found:
+        return dict.fromkeys(("gradients", "layers", "training"), UNMEASURED)
+    (result,) = found
     made = result["environment"]
     by_gradients, layers, training = tables(result).split("\n\n")
     training += (
