@@ -36,6 +36,7 @@ from ..shifted_attention.function import BOUNDARIES, shifted_sparse_attention
 from .packing import documents_of, may_wait, restarts
 
 try:
+    import transformers
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 except ImportError as error:
@@ -54,6 +55,8 @@ _UNSUPPORTED = {
 }
 # Older versions look for packing in their flash attention alone, and tell no mask function about it.
 _MASKS_KNOW_PACKING = hasattr(masking_utils, "find_packed_sequence_indices")
+# Versions between the two tell a layer use_cache=False whatever the model does.
+_LAYERS_KNOW_CACHE = not _MASKS_KNOW_PACKING or not transformers.__version__.startswith("4.")
 
 
 def register(name: str = NAME) -> None:
@@ -99,7 +102,7 @@ def s2_mask(
         if set(getattr(config, "layer_types", None) or [""]) == {"full_attention"}:
             return None  # made on principle, read by no layer (Gemma)
         raise ValueError(_window_message(local_size, config))
-    if q_length is None:  # up to transformers 5.x the queries came as their places
+    if q_length is None:  # older versions give the queries' places instead
         assert cache_position is not None
         q_length = cache_position.shape[0]
         options["cache_position"] = cache_position
@@ -117,8 +120,10 @@ def s2_mask(
         )
     if pattern == "packed":
         return _documents_of_mask(mask_function, q_length, config=config, **options)
-    # In training, whether anything is padded is never asked: the answer would wait for the device.
-    if attention_mask is not None and not torch.is_grad_enabled() and may_wait(attention_mask, training=False):
+    # In training, whether anything is padded is never asked: the answer would wait for the device. Nor where None would
+    # make the attention function look for packing, which a mask excludes.
+    asked = _MASKS_KNOW_PACKING and _LAYERS_KNOW_CACHE and not torch.is_grad_enabled()
+    if attention_mask is not None and asked and may_wait(attention_mask, training=False):
         return None if bool(attention_mask.all()) else attention_mask
     return attention_mask
 
@@ -222,8 +227,9 @@ def _unseen_by_the_mask(position_ids: torch.Tensor | None, length: int, sparse: 
     Positions of several axes (text and image) are no packing."""
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != length or length == 1:
         return False
-    cached = bool(options.get("use_cache"))
-    return sparse if cached else not _MASKS_KNOW_PACKING
+    if not _LAYERS_KNOW_CACHE:
+        return sparse
+    return sparse if options.get("use_cache") else not _MASKS_KNOW_PACKING
 
 
 def _dense(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from s2_models import GROUP, config_of, logits, tiny, tokens, transformers, use
@@ -121,8 +123,8 @@ def test_encoder_decoders_are_refused(training):
 
 def test_a_llama_made_bidirectional_is_refused():
     model = tiny(is_causal=False).train()
-    if not hasattr(model, "set_attn_implementation"):
-        pytest.skip("transformers 4.53 has no such field")
+    if 'getattr(config, "is_causal"' not in inspect.getsource(transformers.masking_utils.create_causal_mask):
+        pytest.skip("this transformers does not read the field")
     with pytest.raises(ValueError, match="causal self-attention"):
         logits(model, tokens())
 
@@ -133,6 +135,22 @@ def test_the_model_is_named_in_the_message(kind):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="s2").train()
     with pytest.raises(ValueError, match=type(config).__name__):
         logits(model, tokens())
+
+
+@pytest.mark.parametrize("overlay", ["or_mask_function", "and_mask_function"])
+def test_a_models_own_pattern_is_kept_in_evaluation_and_refused_in_training(overlay):
+    create = transformers.masking_utils.create_causal_mask
+    if "inputs_embeds" not in inspect.signature(create).parameters:
+        pytest.skip("another signature")
+    model, ids = tiny(), tokens()
+    options = {"inputs_embeds": torch.zeros(2, 29, 72), "attention_mask": None, "past_key_values": None}
+    options[overlay] = lambda row, head, query, key: (query < 5) & (key < 5)
+    masks = {}
+    for implementation in ("s2", "sdpa"):
+        masks[implementation] = create(config=use(model, implementation).config, **options)
+    assert torch.equal(masks["s2"], masks["sdpa"])
+    with pytest.raises(ValueError, match="2-D padding mask"):
+        logits(use(model, "s2").train(), ids, attention_mask=masks["s2"])
 
 
 @pytest.mark.parametrize("name", ["flash_s2", "my/s2", "s2_sdpa"])
