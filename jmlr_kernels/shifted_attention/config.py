@@ -180,6 +180,6 @@ _FLOAT32 = {
 }
 _WRAP_FLOAT32 = {
     "forward": _by_width(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
-    "backward_dq": _by_width(Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 4, 2)),
+    "backward_dq": _by_width(Tiles(32, 32, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 2)),
     "backward_dkdv": _by_width(Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
