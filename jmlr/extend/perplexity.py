@@ -66,7 +66,7 @@ def evaluate(
 ) -> list[Perplexity]:
     """Dense perplexity of (id, tokens) at each window length, the last of which is the longest.
 
-    Windows do not overlap, and every length predicts the same tokens. A document's start that fills no whole longest
+    Windows do not overlap, and every length predicts the same tokens. A document's end that fills no whole longest
     window is left out by :func:`jmlr.extend.windows.held_out_windows`.
     """
     training, longest = model.training, lengths[-1]
