@@ -60,7 +60,9 @@ def train_sharded(what: str, checkpointing: bool) -> tuple[list[float], dict[str
     assert accelerator.num_processes == 2 and accelerator.is_fsdp2
     model = tiny().train()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 1e-2))
-    assert all(isinstance(p, DTensor) for p in model.parameters())
+    for name, p in model.named_parameters():
+        assert isinstance(p, DTensor) and 2 * p.to_local().numel() == p.numel(), name
+        assert ("_checkpoint_wrapped_module" in name) == (checkpointing and "layers" in name), name
     first = 2 * accelerator.process_index
     losses = []
     for batch in batches(what):

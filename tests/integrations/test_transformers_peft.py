@@ -7,7 +7,7 @@ import torch
 from oracles import assert_as_exact_as_torch
 from s2_models import gradients, logits, right_padding, tiny, tokens
 
-from jmlr_kernels.integrations.transformers import s2_attention
+from jmlr_kernels.integrations import transformers as plugin
 
 peft = pytest.importorskip("peft")
 
@@ -68,14 +68,18 @@ def test_adapters_are_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_gradient_checkpointing_changes_nothing(adapted, reentrant):
-    results = []
+def test_gradient_checkpointing_changes_nothing(adapted, reentrant, monkeypatch):
+    results, calls = [], []
+    attention = plugin.shifted_sparse_attention
+    monkeypatch.setattr(plugin, "shifted_sparse_attention", lambda *a, **o: calls.append(1) or attention(*a, **o))
     for checkpointing in (False, True):
         model = longlora(tiny(), copies=False) if adapted else tiny()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
+        calls.clear()
         results.append(step(model, use_cache=True))
+        assert len(calls) == (4 if checkpointing else 2)  # two layers, computed again in the backward pass
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -102,6 +106,35 @@ def test_norms_kept_in_float32_leave_a_model_as_exact_as_plain_torch(kind):
     assert seen == [torch.bfloat16]
     exact = logits(with_float32_norms(kind, "definition", torch.float64), tokens())
     assert_as_exact_as_torch("logits", out, logits(with_float32_norms(kind, "definition"), tokens()), exact)
+
+
+def with_float32_copies(kind, implementation="s2", dtype=torch.bfloat16):
+    """A bfloat16 model under PEFT, with everything that is trained held in float32; or the same weights in `dtype`."""
+    model = longlora(tiny(kind, implementation).to(torch.bfloat16))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16).float()
+    return model.train() if dtype == torch.bfloat16 else model.to(dtype).train()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_embeddings_and_norms_trained_in_float32_under_autocast(kind, monkeypatch):
+    model, computed, given = with_float32_copies(kind), set(), set()
+    attention, choose = plugin.shifted_sparse_attention, plugin._target_dtype
+    monkeypatch.setattr(
+        plugin,
+        "shifted_sparse_attention",
+        lambda q, k, v, *a, **o: computed.update({q.dtype, k.dtype, v.dtype}) or attention(q, k, v, *a, **o),
+    )
+    monkeypatch.setattr(plugin, "_target_dtype", lambda module, query: given.add(query.dtype) or choose(module, query))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = logits(model, tokens())
+        low = logits(with_float32_copies(kind, "definition"), tokens())
+    assert (given, computed) == ({torch.float32}, {torch.bfloat16})
+    exact = logits(with_float32_copies(kind, "definition", torch.float64), tokens())
+    assert_as_exact_as_torch("logits", out, low, exact)
+    out.float().square().mean().backward()
+    assert {grad.dtype for grad in gradients(model).values()} == {torch.float32}
 
 
 def attention_inputs(*dtypes):
@@ -132,5 +165,5 @@ def test_the_dtype_is_the_one_others_choose(dtypes, model_dtype, config, autocas
         setattr(attention.config, name, value)
     inputs = attention_inputs(*({"f": torch.float32, "b": torch.bfloat16}[d] for d in dtypes))
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        out, _ = s2_attention(attention, *inputs, None, scaling=attention.scaling)
+        out, _ = plugin.s2_attention(attention, *inputs, None, scaling=attention.scaling)
     assert out.dtype == expected and out.shape == (2, 29, 9, 8)
