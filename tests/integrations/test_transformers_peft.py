@@ -155,6 +155,7 @@ def attention_inputs(*dtypes):
         ("bbb", torch.bfloat16, {}, None, torch.bfloat16),
         ("fff", torch.float32, {}, torch.bfloat16, torch.bfloat16),
         ("fff", torch.float32, {"_pre_quantization_dtype": torch.float16}, None, torch.float16),
+        ("fff", torch.float32, {"_pre_quantization_dtype": torch.float16}, torch.bfloat16, torch.bfloat16),
         ("fff", torch.float32, {"_is_quantized": True, "dtype": torch.bfloat16}, None, torch.bfloat16),
     ],
 )
@@ -165,5 +166,6 @@ def test_the_dtype_is_the_one_others_choose(dtypes, model_dtype, config, autocas
         setattr(attention.config, name, value)
     inputs = attention_inputs(*({"f": torch.float32, "b": torch.bfloat16}[d] for d in dtypes))
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        assert plugin._target_dtype(attention, inputs[0]) == expected  # not left to autocast's own casting
         out, _ = plugin.s2_attention(attention, *inputs, None, scaling=attention.scaling)
     assert out.dtype == expected and out.shape == (2, 29, 9, 8)
