@@ -5,27 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import assert_as_exact_as_torch
-from s2_models import gradients, logits, right_padding, tiny, tokens
+from s2_models import gradients, logits, longlora, right_padding, tiny, tokens
 
 from jmlr_kernels.integrations import transformers as plugin
 
 peft = pytest.importorskip("peft")
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-# The two ways to LongLoRA's trainable embeddings and norms: PEFT's copies of them, or the originals made trainable.
-COPIES = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]
-
-
-def longlora(model, copies=True):
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, target_modules=PROJECTIONS, modules_to_save=COPIES if copies else None)
-    model = peft.get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # starts at zero, and would hide what reaches the queries
-            torch.nn.init.normal_(parameter, std=0.1)
-        if not copies and ("embed_tokens" in name or "norm" in name):
-            parameter.requires_grad_(True)
-    return model
 
 
 def step(model, **options):
