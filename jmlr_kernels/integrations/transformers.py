@@ -281,7 +281,7 @@ def _group_size(module: torch.nn.Module, keyword: int | None) -> int:
             f"attention 's2' needs a group size: set s2_group_size, in tokens, in the model's "
             f"{type(module.config).__name__} before training"
         )
-    if isinstance(size, (bool, float, str)) or size < 2:
+    if isinstance(size, (float, str)) or size < 2:
         raise ValueError(f"s2_group_size={size!r}: give a length of at least 2 tokens as an int, not a ratio")
     return size
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import DOCS, code_blocks
 
 from benchmarks.label_leak import ANSWERS, dependence, layers_needed, sequences, train
 from benchmarks.peers.llama_factory import shift_attention
@@ -52,8 +51,8 @@ def test_answers_cannot_be_known_where_they_are_not_stated() -> None:
 
 
 def test_the_check_that_the_page_offers() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "label-leak.md").read_text(encoding="utf-8")
-    function, use = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    blocks = code_blocks((DOCS / "label-leak.md").read_text(encoding="utf-8"))
+    function, use = (code for language, code in blocks if language == "python")
     names: dict[str, Any] = {}
     exec(function + use, names)  # asserts that split passes and wrap does not
     assert names["reads_the_future"](lambda q, k, v: shift_attention(q, k, v, 16))

@@ -9,13 +9,22 @@ import sys
 from pathlib import Path
 
 import torch
-from s2_models import right_padding, tiny, tokens
+from s2_models import longlora, right_padding, tiny, tokens
 
 STEPS = 3
 BATCHES = {
     "mask": (29, {"attention_mask": right_padding(29, 17, 21, 8)}),
+    "adapters": (29, {"attention_mask": right_padding(29, 17, 21, 8)}),
     "position_ids": (40, {"position_ids": torch.cat([torch.arange(13), torch.arange(27)])[None].repeat(4, 1)}),
 }
+
+
+def model_of(what: str) -> torch.nn.Module:
+    return longlora(tiny()) if what == "adapters" else tiny()
+
+
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def loss_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -31,8 +40,8 @@ def batches(what: str) -> list[dict[str, torch.Tensor]]:
 
 
 def train_alone(what: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    model = tiny().train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    model = model_of(what).train()
+    optimizer = torch.optim.AdamW(trained(model), 1e-2)
     losses = []
     for batch in batches(what):
         loss = loss_of(model, batch)
@@ -58,9 +67,11 @@ def train_sharded(what: str, checkpointing: bool) -> tuple[list[float], dict[str
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     assert accelerator.num_processes == 2 and accelerator.is_fsdp2
-    model = tiny().train()
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 1e-2))
-    assert all(isinstance(p, DTensor) for p in model.parameters())
+    model = model_of(what).train()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained(model), 1e-2))
+    for name, p in model.named_parameters():
+        assert isinstance(p, DTensor) and 2 * p.to_local().numel() == p.numel(), name
+        assert ("_checkpoint_wrapped_module" in name) == (checkpointing and "layers" in name), name
     first = 2 * accelerator.process_index
     losses = []
     for batch in batches(what):

@@ -15,6 +15,10 @@ VOCABULARY = 64
 MODELS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# The two ways to LongLoRA's trainable embeddings and norms: PEFT's copies of them, or the originals made trainable.
+COPIES = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]
+
 register()
 
 
@@ -50,6 +54,20 @@ def use(model, implementation):
         model.set_attn_implementation(implementation)
     else:  # transformers 4.53
         model.config._attn_implementation = implementation
+    return model
+
+
+def longlora(model, copies=True):
+    import peft
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=PROJECTIONS, modules_to_save=COPIES if copies else None)
+    model = peft.get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # starts at zero, and would hide what reaches the queries
+            torch.nn.init.normal_(parameter, std=0.1)
+        if not copies and ("embed_tokens" in name or "norm" in name):
+            parameter.requires_grad_(True)
     return model
 
 

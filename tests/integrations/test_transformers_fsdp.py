@@ -57,14 +57,20 @@ def on_two_processes(what, checkpointing, directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "checkpointing"), [("mask", False), ("position_ids", False), ("mask", True)])
+@pytest.mark.parametrize(
+    ("what", "checkpointing"), [("mask", False), ("position_ids", False), ("mask", True), ("adapters", True)]
+)
 def test_two_sharded_processes_train_as_one(what, checkpointing, tmp_path):
+    if what == "adapters":
+        pytest.importorskip("peft")
     losses, weights = fsdp_worker.train_alone(what)
-    untrained = fsdp_worker.tiny().state_dict()
+    start = fsdp_worker.model_of(what)
+    untrained, frozen = start.state_dict(), {name for name, p in start.named_parameters() if not p.requires_grad}
+    assert bool(frozen) == (what == "adapters")
     for sharded_losses, sharded_weights in on_two_processes(what, checkpointing, tmp_path):
         torch.testing.assert_close(sharded_losses, losses, rtol=1.3e-6, atol=1e-5)
         names = {name.replace("_checkpoint_wrapped_module.", ""): value for name, value in sharded_weights.items()}
         assert names.keys() == weights.keys()
         for name, value in weights.items():
             torch.testing.assert_close(names[name], value)
-            assert not torch.equal(value, untrained[name])
+            assert torch.equal(value, untrained[name]) == (name in frozen), name

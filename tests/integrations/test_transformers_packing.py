@@ -130,6 +130,17 @@ def test_cu_seq_lens_are_documents(training, dtype):
         torch.testing.assert_close(logits(model, ids, **options), logits(use(model, "definition"), ids, **options))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_cu_seq_lens_need_no_position_ids(training):
+    ids, options = tokens(1, 40), flash_arguments(DOCUMENTS[1])
+    model = tiny().train(training)
+    packed, whole = logits(model, ids, **options), logits(model, ids)
+    if not training:
+        model.config.s2_group_size = 64  # the definition knows no evaluation: one group for every document
+    torch.testing.assert_close(packed, logits(use(model, "definition"), ids, **options))
+    assert not torch.allclose(packed, whole, atol=1e-3)
+
+
 @pytest.mark.parametrize("flash", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_batches_of_the_flattening_collator(training, flash):

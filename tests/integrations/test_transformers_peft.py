@@ -5,27 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import assert_as_exact_as_torch
-from s2_models import gradients, logits, right_padding, tiny, tokens
+from s2_models import gradients, logits, longlora, right_padding, tiny, tokens
 
-from jmlr_kernels.integrations.transformers import s2_attention
+from jmlr_kernels.integrations import transformers as plugin
 
 peft = pytest.importorskip("peft")
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-# The two ways to LongLoRA's trainable embeddings and norms: PEFT's copies of them, or the originals made trainable.
-COPIES = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"]
-
-
-def longlora(model, copies=True):
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=4, target_modules=PROJECTIONS, modules_to_save=COPIES if copies else None)
-    model = peft.get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # starts at zero, and would hide what reaches the queries
-            torch.nn.init.normal_(parameter, std=0.1)
-        if not copies and ("embed_tokens" in name or "norm" in name):
-            parameter.requires_grad_(True)
-    return model
 
 
 def step(model, **options):
@@ -68,14 +52,18 @@ def test_adapters_are_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_gradient_checkpointing_changes_nothing(adapted, reentrant):
-    results = []
+def test_gradient_checkpointing_changes_nothing(adapted, reentrant, monkeypatch):
+    results, calls = [], []
+    attention = plugin.shifted_sparse_attention
+    monkeypatch.setattr(plugin, "shifted_sparse_attention", lambda *a, **o: calls.append(1) or attention(*a, **o))
     for checkpointing in (False, True):
         model = longlora(tiny(), copies=False) if adapted else tiny()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
+        calls.clear()
         results.append(step(model, use_cache=True))
+        assert len(calls) == (4 if checkpointing else 2)  # two layers, computed again in the backward pass
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -104,6 +92,35 @@ def test_norms_kept_in_float32_leave_a_model_as_exact_as_plain_torch(kind):
     assert_as_exact_as_torch("logits", out, logits(with_float32_norms(kind, "definition"), tokens()), exact)
 
 
+def with_float32_copies(kind, implementation="s2", dtype=torch.bfloat16):
+    """A bfloat16 model under PEFT, with everything that is trained held in float32; or the same weights in `dtype`."""
+    model = longlora(tiny(kind, implementation).to(torch.bfloat16))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16).float()
+    return model.train() if dtype == torch.bfloat16 else model.to(dtype).train()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_embeddings_and_norms_trained_in_float32_under_autocast(kind, monkeypatch):
+    model, computed, given = with_float32_copies(kind), set(), set()
+    attention, choose = plugin.shifted_sparse_attention, plugin._target_dtype
+    monkeypatch.setattr(
+        plugin,
+        "shifted_sparse_attention",
+        lambda q, k, v, *a, **o: computed.update({q.dtype, k.dtype, v.dtype}) or attention(q, k, v, *a, **o),
+    )
+    monkeypatch.setattr(plugin, "_target_dtype", lambda module, query: given.add(query.dtype) or choose(module, query))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = logits(model, tokens())
+        low = logits(with_float32_copies(kind, "definition"), tokens())
+    assert (given, computed) == ({torch.float32}, {torch.bfloat16})
+    exact = logits(with_float32_copies(kind, "definition", torch.float64), tokens())
+    assert_as_exact_as_torch("logits", out, low, exact)
+    out.float().square().mean().backward()
+    assert {grad.dtype for grad in gradients(model).values()} == {torch.float32}
+
+
 def attention_inputs(*dtypes):
     generator = torch.Generator().manual_seed(3)
     shapes = ((2, 9, 29, 8), (2, 3, 29, 8), (2, 3, 29, 8))
@@ -122,6 +139,7 @@ def attention_inputs(*dtypes):
         ("bbb", torch.bfloat16, {}, None, torch.bfloat16),
         ("fff", torch.float32, {}, torch.bfloat16, torch.bfloat16),
         ("fff", torch.float32, {"_pre_quantization_dtype": torch.float16}, None, torch.float16),
+        ("fff", torch.float32, {"_pre_quantization_dtype": torch.float16}, torch.bfloat16, torch.bfloat16),
         ("fff", torch.float32, {"_is_quantized": True, "dtype": torch.bfloat16}, None, torch.bfloat16),
     ],
 )
@@ -132,5 +150,6 @@ def test_the_dtype_is_the_one_others_choose(dtypes, model_dtype, config, autocas
         setattr(attention.config, name, value)
     inputs = attention_inputs(*({"f": torch.float32, "b": torch.bfloat16}[d] for d in dtypes))
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        out, _ = s2_attention(attention, *inputs, None, scaling=attention.scaling)
+        assert plugin._target_dtype(attention, inputs[0]) == expected  # not left to autocast's own casting
+        out, _ = plugin.s2_attention(attention, *inputs, None, scaling=attention.scaling)
     assert out.dtype == expected and out.shape == (2, 29, 9, 8)

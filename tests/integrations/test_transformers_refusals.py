@@ -8,7 +8,7 @@ import pytest
 import torch
 from s2_models import GROUP, config_of, logits, tiny, tokens, transformers, use
 
-from jmlr_kernels.integrations.transformers import register
+from jmlr_kernels.integrations import transformers as plugin
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,15 @@ def test_what_it_cannot_do_raises(config, options, message):
     model = tiny(**config).train()
     with pytest.raises(ValueError, match=message):
         logits(model, tokens(), **options)
+
+
+def test_on_a_gpu_the_mask_is_checked_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(plugin, "may_wait", lambda tensor, training: not training)  # the rule of a GPU
+    model, left = tiny().train(), torch.tensor([[0] * 4 + [1] * 25] * 2)
+    logits(model, tokens(), attention_mask=left)
+    monkeypatch.setenv("JMLR_KERNELS_CHECK_MASK", "1")
+    with pytest.raises(ValueError, match="right padding only"):
+        logits(model, tokens(), attention_mask=left)
 
 
 def test_packed_documents_and_a_cache_exclude_each_other():
@@ -156,4 +165,4 @@ def test_a_models_own_pattern_is_kept_in_evaluation_and_refused_in_training(over
 @pytest.mark.parametrize("name", ["flash_s2", "my/s2", "s2_sdpa"])
 def test_names_with_a_meaning_are_refused(name):
     with pytest.raises(ValueError, match="meaning"):
-        register(name)
+        plugin.register(name)
