@@ -16,9 +16,8 @@ Fields of the config, saved with the model; the first two also keywords of the c
 - ``s2_boundary``: "split" where nothing is set, or "wrap", which leaks and is there for comparison.
 - ``s2_max_documents``: see packing.py.
 
-Padding stands on the right: rows are taken to hold ``attention_mask.sum(-1)`` tokens from their start. On a CPU a mask
-with padding on the left or with holes raises; on a GPU that check would wait for the device at every layer, so it
-runs only where ``JMLR_KERNELS_CHECK_MASK=1`` asks for it.
+Padding stands on the right: rows are taken to hold ``attention_mask.sum(-1)`` tokens from their start. A mask with
+padding on the left or with holes is an error, on a GPU by an assertion on the device: nothing waits for it.
 
 Packed rows are known by ``cu_seq_lens_q``, or else by ``position_ids``: a position that is not its predecessor's plus
 one begins a document, where there is no attention_mask. While training a cache changes nothing; elsewhere it means one
@@ -27,7 +26,6 @@ document per row, as everywhere in transformers.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -326,13 +324,13 @@ def _two_dimensional(mask: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def _row_lengths(mask: torch.Tensor, total: int) -> torch.Tensor:
-    """A right-padding mask's lengths, int32 [B]."""
+    """A right-padding mask's lengths, int32 [B]. Another mask is an error, raised on the device where reading the answer
+    would wait for it."""
     mask = _two_dimensional(mask, total)
-    if may_wait(mask, training=not _check_asked_for()):
-        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-            raise ValueError("attention_mask has padding before a token: attention 's2' trains with right padding only")
+    resumes = (mask[:, 1:] & ~mask[:, :-1]).any()
+    message = "attention_mask has padding before a token: attention 's2' trains with right padding only"
+    if not may_wait(mask, training=True):
+        torch._assert_async(~resumes, message)
+    elif bool(resumes):
+        raise ValueError(message)
     return mask.sum(-1, dtype=torch.int32)
-
-
-def _check_asked_for() -> bool:
-    return os.environ.get("JMLR_KERNELS_CHECK_MASK", "0") not in ("", "0")

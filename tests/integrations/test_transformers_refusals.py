@@ -38,13 +38,19 @@ def test_what_it_cannot_do_raises(config, options, message):
         logits(model, tokens(), **options)
 
 
-def test_on_a_gpu_the_mask_is_checked_where_that_is_asked_for(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_where_nothing_may_wait_the_device_checks_the_mask(compiled, monkeypatch):
     monkeypatch.setattr(plugin, "may_wait", lambda tensor, training: not training)  # the rule of a GPU
-    model, left = tiny().train(), torch.tensor([[0] * 4 + [1] * 25] * 2)
-    logits(model, tokens(), attention_mask=left)
-    monkeypatch.setenv("JMLR_KERNELS_CHECK_MASK", "1")
-    with pytest.raises(ValueError, match="right padding only"):
-        logits(model, tokens(), attention_mask=left)
+    model = tiny().train()
+    step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    right = torch.tensor([[1] * 25 + [0] * 4] * 2)
+    torch.testing.assert_close(
+        step(input_ids=tokens(), attention_mask=right, use_cache=False).logits,
+        logits(model, tokens(), attention_mask=right),
+    )
+    for other in ([0] * 4 + [1] * 25, [1] * 9 + [0] + [1] * 19):
+        with pytest.raises(RuntimeError, match="right padding only"):
+            step(input_ids=tokens(), attention_mask=torch.tensor([other] * 2), use_cache=False)
 
 
 def test_packed_documents_and_a_cache_exclude_each_other():
