@@ -109,7 +109,7 @@ def group_tile(
         first_tiles = tl.cdiv(group_size - shift, BLOCK)
         later = tl.maximum(turn - first_tiles, 0)
         group = tl.where(turn < first_tiles, 0, 1 + later // group_tiles)
-        tile = tl.where(turn < first_tiles, first_tiles - 1 - turn, group_tiles - 1 - later % group_tiles)
+        turn = tl.where(turn < first_tiles, turn, later % group_tiles)
     else:
         groups = tl.cdiv(rows + group_size - group_size // 2, group_size)
         tile = group_tiles - 1 - turn // (groups * batches)
@@ -123,6 +123,10 @@ def group_tile(
             length = tl.maximum(tl.minimum(tl.load(seq_lens + batch), owned), 0)
     begin = tl.maximum(group * group_size - shift, 0)
     stop = tl.minimum((group + 1) * group_size - shift, owned)
+    if PACKED:
+        # A document's last group may be short, and there are no turns for the tiles that it has not.
+        last = tl.cdiv(stop - begin, BLOCK) - 1
+        tile = tl.where(turn <= last, last - turn, group_tiles)
     return head, batch, document, begin, begin + tile * BLOCK, stop, length
 
 

@@ -52,21 +52,32 @@ def results(function, inputs, group_size, **options):
 
 CASES = {
     "whole tiles": ((1, 128), 2, 2, 16, 64, {}),
-    "group of one tile": ((1, 100), 2, 2, 16, 32, {}),
-    "odd group, ragged length": ((1, 151), 4, 2, 16, 37, {}),
+    "groups of one tile": ((1, 50), 2, 2, 8, 32, {}),
+    "groups of many tiles": ((1, 205), 1, 1, 8, 100, {}),
+    "odd group, ragged length": ((1, 85), 4, 2, 16, 37, {}),
     "odd kv heads": ((1, 50), 6, 3, 8, 40, {}),
-    "one kv head for both halves": ((1, 90), 4, 1, 8, 40, {}),
+    "one kv head for both halves": ((1, 50), 4, 1, 8, 40, {}),
     "one head": ((1, 70), 1, 1, 8, 33, {}),
     "shorter than a group": ((2, 45), 2, 2, 8, 500, {}),
-    "head dim no power of two": ((1, 70), 2, 1, 24, 40, {}),
-    "right padding": ((4, 90), 4, 2, 8, 40, {"seq_lens": int32(90, 0, 1, 53)}),
-    "packed": ((160,), 4, 2, 8, 40, {"cu_seqlens": int32(0, 1, 1, 72, 75, 160)}),
-    "packed with a tail": ((130,), 2, 1, 8, 34, {"cu_seqlens": int32(0, 60, 97)}),
-    "many short documents": ((64,), 2, 2, 8, 64, {"cu_seqlens": int32(*range(0, 65, 8))}),
+    "head dim no power of two": ((1, 45), 2, 1, 24, 40, {}),
+    "right padding": ((4, 75), 2, 1, 8, 40, {"seq_lens": int32(75, 0, 1, 53)}),
+    "packed": ((125,), 2, 1, 8, 40, {"cu_seqlens": int32(0, 1, 1, 52, 55, 125)}),
+    "packed with a tail": ((110,), 2, 2, 8, 34, {"cu_seqlens": int32(0, 40, 77)}),
+    # 101 tokens are a group of four tiles and one token more, which has no whole group's turns.
+    "packed, one token over": ((101,), 2, 2, 8, 100, {"cu_seqlens": int32(0, 101)}),
+    "many short documents": ((40,), 2, 2, 8, 64, {"cu_seqlens": int32(*range(0, 41, 8))}),
 }
+HALF = ("odd group, ragged length", "right padding")
 
 
-HALF = ("odd group, ragged length", "right padding", "packed")
+def documents_of(lead, lengths):
+    """bool, of each row of tokens whether it is in a document."""
+    if "seq_lens" in lengths:
+        return torch.arange(lead[1]) < lengths["seq_lens"][:, None]
+    kept = torch.ones(lead, dtype=torch.bool)
+    if "cu_seqlens" in lengths:
+        kept[lengths["cu_seqlens"][-1] :] = False
+    return kept
 
 
 @pytest.mark.parametrize(
@@ -75,6 +86,9 @@ HALF = ("odd group, ragged length", "right padding", "packed")
 def test_equals_the_definition(case, dtype, taken):
     lead, heads, kv_heads, dim, group_size, lengths = CASES[case]
     inputs = make_inputs(lead, heads, kv_heads, dim, dtype)
+    with torch.no_grad():
+        for x in inputs:
+            x[~documents_of(lead, lengths)] = float("nan")
     actual = results(shifted_sparse_attention, inputs, group_size, backend="triton", **lengths)
     assert taken == ["launch_forward", "launch_dq", "launch_dkdv"]
     plain = results(shifted_sparse_attention_reference, inputs, group_size, **lengths)
@@ -84,34 +98,38 @@ def test_equals_the_definition(case, dtype, taken):
         assert_as_exact_as_torch(f"{case} {name}", x, y, z)
 
 
-@pytest.mark.parametrize("case", ["right padding", "packed", "packed with a tail"])
-def test_other_rows_may_hold_nan(case, taken):
-    """Padding, and for one document everybody else's rows: copies carry them along, products must not see them."""
-    lead, heads, kv_heads, dim, group_size, lengths = CASES[case]
-    inputs = make_inputs(lead, heads, kv_heads, dim)
-    clean = results(shifted_sparse_attention, inputs, group_size, backend="triton", **lengths)
-    kept = torch.zeros(lead, dtype=torch.bool)
-    if "seq_lens" in lengths:
-        kept |= torch.arange(lead[1]) < lengths["seq_lens"][:, None]
-        kept[0] = False  # one row of the batch alone
-    else:
-        start, end = lengths["cu_seqlens"][-3:-1].tolist()
-        kept[start:end] = True
-    dirty = [x.detach().clone() for x in inputs]
-    for x in dirty:
-        x[~kept] = float("nan")
-    dirty = [x.requires_grad_() for x in dirty]
-    out = shifted_sparse_attention(*dirty, group_size, backend="triton", **lengths)
+@pytest.mark.parametrize(
+    ("lengths", "kept"),
+    [
+        ({"cu_seqlens": (0, 9, 64, 73)}, (9, 64)),  # both gradient loops end inside of a tile
+        ({"seq_lens": (24, 20)}, (24, 44)),
+    ],
+    ids=["packed", "padded"],
+)
+def test_a_document_does_not_see_its_neighbours(lengths, kept, taken):
+    """Everybody else's rows of q, k, v and of the gradient hold NaN: copies carry them along, products must not."""
+    lengths = {name: int32(*values) for name, values in lengths.items()}
+    start, end = kept
+    clean = make_inputs((end - start,), 2, 1, 8)
+    out = shifted_sparse_attention_reference(*clean, 40, cu_seqlens=int32(0, end - start))
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
-    grad[~kept] = float("nan")
-    actual = (out.detach(), *torch.autograd.grad(out, dirty, grad))
-    for name, x, y in zip(("out", "dq", "dk", "dv"), actual, clean, strict=True):
-        assert torch.equal(x[kept], y[kept]), name
+    expected = (out.detach(), *torch.autograd.grad(out, clean, grad))
+
+    def among_nan(x):
+        rows = torch.full((73 if "cu_seqlens" in lengths else 48, *x.shape[1:]), float("nan"))
+        rows[start:end] = x.detach()
+        return rows if "cu_seqlens" in lengths else rows.unflatten(0, (2, 24))
+
+    inputs = [among_nan(x).requires_grad_() for x in clean]
+    out = shifted_sparse_attention(*inputs, 40, backend="triton", **lengths)
+    actual = (out.detach(), *torch.autograd.grad(out, inputs, among_nan(grad)))
     assert set(taken) == {"launch_forward", "launch_dq", "launch_dkdv"}
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x.reshape(-1, *y.shape[1:])[start:end], y)
 
 
 def test_strides_that_no_copy_can_address_take_the_other_kernels(taken):
-    wide = torch.randn(1, 64, 2, 33).requires_grad_()  # rows of 33 numbers do not start at multiples of 16 bytes
+    wide = torch.randn(1, 40, 2, 33).requires_grad_()  # rows of 33 numbers do not start at multiples of 16 bytes
     assert not has_descriptors(wide[..., :32])
     actual = results(
         lambda x, g, **o: shifted_sparse_attention(*[x[..., :32]] * 3, g, **o), [wide], 32, backend="triton"
@@ -123,7 +141,7 @@ def test_strides_that_no_copy_can_address_take_the_other_kernels(taken):
 
 
 def test_transposed_views_are_not_copied(taken):
-    q, k, v = (torch.randn(2, heads, 70, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, heads, 45, 16).transpose(1, 2).requires_grad_() for heads in (2, 1, 1))
     assert has_descriptors(q, k, v)
     actual = results(shifted_sparse_attention, [q, k, v], 40, backend="triton")
     expected = results(shifted_sparse_attention_reference, [q, k, v], 40)
@@ -145,7 +163,7 @@ def test_when_they_are_taken():
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales_that_are_not_positive(scale, taken):
-    inputs = make_inputs((1, 70), 2, 2, 8)
+    inputs = make_inputs((1, 45), 2, 2, 8)
     actual = results(shifted_sparse_attention, inputs, 40, scale=scale, backend="triton")
     expected = results(shifted_sparse_attention_reference, inputs, 40, scale=scale)
     assert "launch_forward" not in taken
@@ -162,7 +180,7 @@ def test_persistent_programs_are_as_many_as_fit():
 
 
 def test_two_runs_are_bit_identical(taken):
-    inputs = make_inputs((1, 151), 4, 2, 16)
+    inputs = make_inputs((1, 85), 4, 2, 16)
     first, second = (results(shifted_sparse_attention, inputs, 37, backend="triton") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert len(taken) == 6
