@@ -240,6 +240,18 @@ def store_tile(base, row, stride, column, tile, row_mask, HEAD_DIM: tl.constexpr
 # --------------------------------------------------------------------------- on the host
 
 
+def compact(lengths: torch.Tensor | None) -> torch.Tensor | None:
+    """cu_seqlens or seq_lens as the kernels read them: without a stride, which a column of a table has."""
+    return None if lengths is None else lengths.contiguous()
+
+
+def longest_group(q: torch.Tensor, group_size: int, wrap: bool) -> int:
+    """The group size for a launch. Of twice the rows, a group holds every document whole in both halves of the heads;
+    a longer one would be the same function with more empty tiles, and end past 32 bits. "wrap" rolls by any size.
+    """
+    return group_size if wrap else min(group_size, max(2 * q.shape[-3], 2))
+
+
 def capability_of(tensor: torch.Tensor) -> int:
     """Ten times the compute capability of a tensor's device, or config.INTERPRETER."""
     if tensor.device.type == "cpu" or triton_interpreted():

@@ -18,11 +18,13 @@ from .triton_common import (
     LN_2,
     LOG2_E,
     capability_of,
+    compact,
     group_start,
     has_descriptors,
     layout,
     load_tile,
     locate,
+    longest_group,
     options,
     shift_and_roll,
     store_tile,
@@ -173,6 +175,7 @@ def forward(
     out, lse = contiguous_like(q), lse_like(q)
     if q.numel() == 0:
         return out, lse
+    cu_seqlens, seq_lens, group_size = compact(cu_seqlens), compact(seq_lens), longest_group(q, group_size, wrap)
     heads, head_dim = q.shape[-2:]
     capability = capability_of(q)
     if config.tma_kernel("forward", q.dtype, head_dim, capability, group_size, wrap, scale) and has_descriptors(
