@@ -203,6 +203,10 @@ LENS = torch.tensor([20, 20], dtype=torch.int32)
     [
         ({"group_size": 0.25}, "not a ratio"),
         ({"group_size": 1}, "at least 2"),
+        ({"group_size": "8"}, "as an int"),
+        ({name: torch.zeros(2, 20, 2, 0) for name in "qkv"}, "at least one dimension"),
+        ({name: torch.zeros(2, 20, 2, 16).to(torch.float8_e5m2) for name in "qkv"}, "one floating dtype"),
+        ({"seq_lens": [20, 20]}, "a list"),
         ({"boundary": "roll"}, "'split' or 'wrap'"),
         ({"backend": "magic"}, "choose one of"),
         ({"q": torch.zeros(20, 4, 16)}, "expected"),
@@ -235,6 +239,26 @@ def test_a_forced_backend_that_cannot_run_raises():
         shifted_sparse_attention(*make_inputs(), 8, backend="cuda")
     with pytest.raises(RuntimeError, match="float64"):
         shifted_sparse_attention(*make_inputs(dtype=torch.float64), 8, backend="triton")
+
+
+@needs_interpreter
+def test_heads_too_wide_for_the_kernels(monkeypatch):
+    from jmlr_kernels import ops
+
+    wide = make_inputs(dim=257)
+    with pytest.raises(RuntimeError, match="at most 256"):
+        shifted_sparse_attention(*wide, 8, backend="triton")
+    monkeypatch.setattr(ops, "resolve_backend", lambda *_: "triton")  # as on a GPU
+    with pytest.warns(RuntimeWarning, match="at most 256"):
+        out = shifted_sparse_attention(*wide, 8)
+    torch.testing.assert_close(out, shifted_sparse_attention_reference(*wide, 8))
+
+
+def test_meta_tensors_give_shapes():
+    inputs = [x.to("meta").requires_grad_() for x in make_inputs()]
+    out = shifted_sparse_attention(*inputs, 8)
+    assert out.device.type == "meta" and out.shape == inputs[0].shape
+    assert [x.shape for x in torch.autograd.grad(out.sum(), inputs)] == [x.shape for x in inputs]
 
 
 @pytest.mark.parametrize("option", ["dropout_p", "softcap", "window_size"])
