@@ -107,7 +107,7 @@ def group_tile(
         batch = tl.full((), 0, tl.int32)
         turn -= document // BLOCK + document // group_size + 3 * low
         first_tiles = tl.cdiv(group_size - shift, BLOCK)
-        later = tl.maximum(turn - first_tiles, 0)
+        later = turn - first_tiles
         group = tl.where(turn < first_tiles, 0, 1 + later // group_tiles)
         turn = tl.where(turn < first_tiles, turn, later % group_tiles)
     else:
