@@ -16,7 +16,7 @@ if not triton_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from jmlr_kernels.shifted_attention import triton_backward_tma, triton_forward_tma  # noqa: E402
-from jmlr_kernels.shifted_attention.triton_common import has_descriptors, programs_of  # noqa: E402
+from jmlr_kernels.shifted_attention.triton_common import descriptor, has_descriptors, programs_of  # noqa: E402
 
 
 @pytest.fixture
@@ -136,6 +136,28 @@ def test_strides_that_no_copy_can_address_take_the_other_kernels(taken):
     )
     assert not taken
     expected = results(lambda x, g, **o: shifted_sparse_attention_reference(*[x[..., :32]] * 3, g, **o), [wide], 32)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_what_copies_can_address():
+    x = torch.zeros(2, 6, 4, 16)
+    assert has_descriptors(x, x[:, 1:], x.half(), x.transpose(1, 2))
+    for other in (x[:, :, :1].expand(2, 6, 4, 16), x.flatten()[1:-15].view(1, -1, 1, 16), torch.zeros(2, 6, 4, 15)):
+        assert not has_descriptors(x, other)
+    # The stride of a single row, head or batch entry says nothing, and the hardware must not be told.
+    single = torch.zeros(50).as_strided((1, 3, 1, 8), (7, 8, 5, 1))
+    assert has_descriptors(single)
+    assert all(stride % 4 == 0 for stride in descriptor(single, 2, 8).strides[:-1])
+
+
+def test_output_gradients_that_no_copy_can_address(taken):
+    inputs = make_inputs((1, 45), 2, 1, 8)
+    grad = torch.randn(1, 45, 1, 8).expand(1, 45, 2, 8)
+    out = shifted_sparse_attention(*inputs, 40, backend="triton")
+    actual = torch.autograd.grad(out, inputs, grad)
+    assert taken == ["launch_forward"]
+    expected = torch.autograd.grad(shifted_sparse_attention_reference(*inputs, 40), inputs, grad)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y)
 
