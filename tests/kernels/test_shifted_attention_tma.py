@@ -128,15 +128,16 @@ def test_a_document_does_not_see_its_neighbours(lengths, kept, taken):
         torch.testing.assert_close(x.reshape(-1, *y.shape[1:])[start:end], y)
 
 
-def test_strides_that_no_copy_can_address_take_the_other_kernels(taken):
-    wide = torch.randn(1, 40, 2, 33).requires_grad_()  # rows of 33 numbers do not start at multiples of 16 bytes
-    assert not has_descriptors(wide[..., :32])
-    actual = results(
-        lambda x, g, **o: shifted_sparse_attention(*[x[..., :32]] * 3, g, **o), [wide], 32, backend="triton"
-    )
+@pytest.mark.parametrize("strided", range(3), ids=["q", "k", "v"])
+def test_strides_that_no_copy_can_address_take_the_other_kernels(strided, taken):
+    inputs = make_inputs((1, 40), 2, 2, 32)
+    wide = torch.zeros(1, 40, 2, 33)  # rows of 33 numbers do not start at multiples of 16 bytes
+    wide[..., :32] = inputs[strided].detach()
+    inputs[strided] = wide[..., :32].requires_grad_()
+    assert not has_descriptors(*inputs)
+    actual = results(shifted_sparse_attention, inputs, 32, backend="triton")
     assert not taken
-    expected = results(lambda x, g, **o: shifted_sparse_attention_reference(*[x[..., :32]] * 3, g, **o), [wide], 32)
-    for x, y in zip(actual, expected, strict=True):
+    for x, y in zip(actual, results(shifted_sparse_attention_reference, inputs, 32), strict=True):
         torch.testing.assert_close(x, y)
 
 
@@ -209,9 +210,10 @@ def test_two_runs_are_bit_identical(taken):
 
 
 def test_tuned_tiles_go_before_the_guess(monkeypatch):
-    found = config.Tiles(64, 64, 4, 2, 255, 2)
+    found = config.Tiles(64, 32, 4, 2, 255, 2)
     monkeypatch.setattr(config, "_tuned", lambda: {"forward_tma-sm90-16bit-d128": found})
     assert config.tiles("forward_tma", torch.bfloat16, 96, 90) == found
     assert config.tiles("forward_tma", torch.bfloat16, 64, 90) != found
-    # Smaller tiles serve smaller groups.
+    # Smaller tiles serve smaller groups, of a tile of queries at least.
+    assert config.tma_kernel("forward", torch.bfloat16, 128, 90, 63, False, 1.0) is None
     assert config.tma_kernel("forward", torch.bfloat16, 128, 90, 64, False, 1.0) == "forward_tma"
