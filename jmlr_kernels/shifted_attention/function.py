@@ -172,7 +172,7 @@ def _check(
 ) -> None:
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary={boundary!r}: choose 'split' or 'wrap'")
-    if isinstance(group_size, bool) or not hasattr(group_size, "__index__") or group_size < 2:
+    if not hasattr(group_size, "__index__") or group_size < 2:
         raise ValueError(f"group_size={group_size!r}: give a length of at least 2 tokens as an int, not a ratio")
     if cu_seqlens is not None and seq_lens is not None:
         raise ValueError("cu_seqlens and seq_lens exclude each other: packed rows have no padding; give one of them")

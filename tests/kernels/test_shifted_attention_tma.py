@@ -179,7 +179,8 @@ def test_when_they_are_taken():
 
     assert name() == "forward_tma"
     assert name("backward_dkdv", group_size=2) == "backward_dkdv_tma"
-    refused = ({"dtype": torch.float32}, {"capability": 80}, {"capability": 120}, {"group_size": 64}, {"wrap": True})
+    refused = ({"dtype": torch.float32}, {"capability": 80}, {"capability": 120}, {"group_size": 127}, {"wrap": True})
+    refused += ({"capability": 100, "dim": 256},)
     for change in (*refused, {"scale": -1.0}, {"scale": 0.0}, {"kernel": "backward_dkdv", "dim": 256}):
         assert name(**change) is None, change
 
