@@ -231,6 +231,15 @@ def test_bad_input_gets_one_sentence(changes, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_interpreter)])
+def test_one_dimension_may_have_any_stride(backend):
+    inputs = [torch.randn(1, 1, 12, 2).permute(0, 2, 3, 1) for _ in range(3)]
+    assert inputs[0].shape == (1, 12, 2, 1) and inputs[0].stride(-1) == 24
+    torch.testing.assert_close(
+        shifted_sparse_attention(*inputs, 4, backend=backend), shifted_sparse_attention_reference(*inputs, 4)
+    )
+
+
 @pytest.mark.parametrize("ends", [(1, 20), (0, 9, 5), (0, 21), ()])
 def test_bad_cu_seqlens(ends):
     with pytest.raises(ValueError, match="cu_seqlens"):
