@@ -249,7 +249,7 @@ def longest_group(q: torch.Tensor, group_size: int, wrap: bool) -> int:
     """The group size for a launch. Of twice the rows, a group holds every document whole in both halves of the heads;
     a longer one would be the same function with more empty tiles, and end past 32 bits. "wrap" rolls by any size.
     """
-    return group_size if wrap else min(group_size, max(2 * q.shape[-3], 2))
+    return group_size if wrap else min(group_size, 2 * q.shape[-3])
 
 
 def capability_of(tensor: torch.Tensor) -> int:
