@@ -24,6 +24,9 @@ _LARGE_SHARED_MEMORY = (80, 87, 90, 100, 103)
 # Of these, those with a tensor memory accelerator: bulk copies by descriptors.
 BULK_COPIES = (90, 100, 103)
 
+# The largest head dimension that every table below has tiles for.
+WIDEST_HEAD = 256
+
 KERNELS = ("forward", "backward_dq", "backward_dkdv")
 TMA_KERNELS = ("forward_tma", "backward_dq_tma", "backward_dkdv_tma")
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..ops import resolve_backend
+from .. import ops
+from . import config
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BOUNDARIES = ("split", "wrap")
 
 
@@ -48,7 +50,7 @@ def shifted_sparse_attention(
         boundary: "split" (half groups at both ends), or "wrap", LongLoRA's non-flash path, in which the first
             tokens of a document read its last ones; for comparison only.
         scale: multiplies the scores; D ** -0.5 by default.
-        backend: "auto", "cuda", "triton" or "torch". A forced backend raises where it cannot run.
+        backend: "auto", "cuda", "triton" (D up to 256) or "torch". A forced backend raises where it cannot run.
 
     Returns:
         q's shape and dtype, contiguous. Under autocast, the autocast dtype.
@@ -57,13 +59,15 @@ def shifted_sparse_attention(
         ValueError: a shape, dtype, device or option that the operation does not define.
         RuntimeError: a forced backend that cannot run here.
 
-    The backward pass is deterministic on every backend; a second derivative is not defined. Forward memory is the
-    output and one float32 per query row and head.
+    The backward pass is deterministic on every backend; a second derivative is not defined. Forward memory of the
+    Triton kernels is the output and one float32 per query row and head.
     """
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, group_size, cu_seqlens, seq_lens, boundary)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = _resolve(backend, q.device, q.dtype)
+    if chosen == "triton" and q.shape[-1] > config.WIDEST_HEAD:
+        chosen = _too_wide(backend)
     return _ShiftedAttention.apply(q, k, v, cu_seqlens, seq_lens, group_size, boundary == "wrap", scale, chosen)
 
 
@@ -133,13 +137,22 @@ def fake_backward(
 @torch.compiler.assume_constant_result
 def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     # A constant to the compiler: what is installed does not change between two calls.
-    return resolve_backend(backend, torch.empty(0, dtype=dtype, device=device))
+    return ops.resolve_backend(backend, torch.empty(0, dtype=dtype, device=device))
+
+
+@torch.compiler.assume_constant_result  # warns when it is compiled
+def _too_wide(requested: str) -> str:
+    reason = f"the Triton kernels take heads of at most {config.WIDEST_HEAD} dimensions"
+    if requested == "triton":
+        raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='torch'")
+    ops._warn_once(f"jmlr_kernels falls back to plain torch: {reason}")
+    return "torch"
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The rule of torch's own attention: under autocast, floating inputs but float64 take the autocast dtype."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -159,7 +172,7 @@ def _check(
 ) -> None:
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary={boundary!r}: choose 'split' or 'wrap'")
-    if isinstance(group_size, (bool, float)) or group_size < 2:
+    if not hasattr(group_size, "__index__") or group_size < 2:
         raise ValueError(f"group_size={group_size!r}: give a length of at least 2 tokens as an int, not a ratio")
     if cu_seqlens is not None and seq_lens is not None:
         raise ValueError("cu_seqlens and seq_lens exclude each other: packed rows have no padding; give one of them")
@@ -173,8 +186,12 @@ def _check(
         )
     if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2] != 0:
         raise ValueError(f"{q.shape[-2]} query heads over {k.shape[-2]} kv heads: give a multiple of the kv heads")
-    if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: cast them to one floating dtype")
+    if q.shape[-1] == 0:
+        raise ValueError(f"q has shape {tuple(q.shape)}: give heads of at least one dimension")
+    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
+        raise ValueError(
+            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: cast them to one floating dtype of 16, 32 or 64 bits"
+        )
     if not (q.device == k.device == v.device):
         raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one device")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -187,6 +204,8 @@ def _check(
 
 
 def _check_lengths(name: str, lengths: torch.Tensor, q: torch.Tensor, expected: int | None) -> None:
+    if not isinstance(lengths, torch.Tensor):
+        raise ValueError(f"{name} is a {type(lengths).__name__}: give a 1-D int32 tensor")
     if lengths.dtype != torch.int32 or lengths.dim() != 1:
         raise ValueError(f"{name} is {lengths.dtype} of shape {tuple(lengths.shape)}: give a 1-D int32 tensor")
     if lengths.device != q.device:

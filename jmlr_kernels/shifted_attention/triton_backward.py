@@ -17,12 +17,14 @@ from .function import contiguous_like
 from .triton_common import (
     LOG2_E,
     capability_of,
+    compact,
     group_end,
     group_start,
     has_descriptors,
     layout,
     load_tile,
     locate,
+    longest_group,
     options,
     shift_and_roll,
     store_tile,
@@ -355,16 +357,17 @@ def backward(
     dq, dk, dv = contiguous_like(q), contiguous_like(k), contiguous_like(v)
     if q.numel() == 0:
         return dq, dk, dv
+    cu_seqlens, seq_lens, effective = compact(cu_seqlens), compact(seq_lens), longest_group(q, group_size, wrap)
     # Gradients come as autograd makes them: that of a sum is one number with stride 0.
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-    out = out.contiguous()
+    out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
     capability = capability_of(q)
     by_descriptor = has_descriptors(grad_out, q, k, v)
-    group = (group_size, cu_seqlens, seq_lens, scale)
+    group = (effective, cu_seqlens, seq_lens, scale)
     all_strides = (*strides(grad_out), *strides(q), *strides(k), *strides(v))
-    sizes = (heads, heads // kv_heads, group_size, scale)
+    sizes = (heads, heads // kv_heads, effective, scale)
     flags = (cu_seqlens is not None, seq_lens is not None, wrap, config.input_precision(q.dtype, head_dim))
 
     def by_copies(kernel: str) -> bool:

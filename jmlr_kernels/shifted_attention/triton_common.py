@@ -107,9 +107,9 @@ def group_tile(
         batch = tl.full((), 0, tl.int32)
         turn -= document // BLOCK + document // group_size + 3 * low
         first_tiles = tl.cdiv(group_size - shift, BLOCK)
-        later = tl.maximum(turn - first_tiles, 0)
+        later = turn - first_tiles
         group = tl.where(turn < first_tiles, 0, 1 + later // group_tiles)
-        tile = tl.where(turn < first_tiles, first_tiles - 1 - turn, group_tiles - 1 - later % group_tiles)
+        turn = tl.where(turn < first_tiles, turn, later % group_tiles)
     else:
         groups = tl.cdiv(rows + group_size - group_size // 2, group_size)
         tile = group_tiles - 1 - turn // (groups * batches)
@@ -123,6 +123,10 @@ def group_tile(
             length = tl.maximum(tl.minimum(tl.load(seq_lens + batch), owned), 0)
     begin = tl.maximum(group * group_size - shift, 0)
     stop = tl.minimum((group + 1) * group_size - shift, owned)
+    if PACKED:
+        # A document's last group may be short, and there are no turns for the tiles that it has not.
+        last = tl.cdiv(stop - begin, BLOCK) - 1
+        tile = tl.where(turn <= last, last - turn, group_tiles)
     return head, batch, document, begin, begin + tile * BLOCK, stop, length
 
 
@@ -234,6 +238,18 @@ def store_tile(base, row, stride, column, tile, row_mask, HEAD_DIM: tl.constexpr
 
 
 # --------------------------------------------------------------------------- on the host
+
+
+def compact(lengths: torch.Tensor | None) -> torch.Tensor | None:
+    """cu_seqlens or seq_lens as the kernels read them: without a stride, which a column of a table has."""
+    return None if lengths is None else lengths.contiguous()
+
+
+def longest_group(q: torch.Tensor, group_size: int, wrap: bool) -> int:
+    """The group size for a launch. Of twice the rows, a group holds every document whole in both halves of the heads;
+    a longer one would be the same function with more empty tiles, and end past 32 bits. "wrap" rolls by any size.
+    """
+    return group_size if wrap else min(group_size, 2 * q.shape[-3])
 
 
 def capability_of(tensor: torch.Tensor) -> int:

@@ -18,11 +18,13 @@ from .triton_common import (
     LN_2,
     LOG2_E,
     capability_of,
+    compact,
     group_start,
     has_descriptors,
     layout,
     load_tile,
     locate,
+    longest_group,
     options,
     shift_and_roll,
     store_tile,
@@ -173,12 +175,13 @@ def forward(
     out, lse = contiguous_like(q), lse_like(q)
     if q.numel() == 0:
         return out, lse
+    cu_seqlens, seq_lens, effective = compact(cu_seqlens), compact(seq_lens), longest_group(q, group_size, wrap)
     heads, head_dim = q.shape[-2:]
     capability = capability_of(q)
     if config.tma_kernel("forward", q.dtype, head_dim, capability, group_size, wrap, scale) and has_descriptors(
         q, k, v
     ):
-        triton_forward_tma.launch_forward(q, k, v, out, lse, group_size, cu_seqlens, seq_lens, scale)
+        triton_forward_tma.launch_forward(q, k, v, out, lse, effective, cu_seqlens, seq_lens, scale)
         return out, lse
     tiles = config.tiles("forward", q.dtype, head_dim, capability, wrap)
     rows, documents, row_tiles, programs = layout(q, tiles.block_m, cu_seqlens)
@@ -187,7 +190,7 @@ def forward(
         programs * heads,
         (
             q, k, v, out, lse, cu_seqlens, seq_lens, *strides(q), *strides(k), *strides(v),
-            rows, documents, row_tiles, heads, heads // k.shape[-2], group_size, scale,
+            rows, documents, row_tiles, heads, heads // k.shape[-2], effective, scale,
         ),
         (
             head_dim, config.block_d(head_dim), tiles.block_m, tiles.block_n, cu_seqlens is not None,

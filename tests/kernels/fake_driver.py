@@ -14,9 +14,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import jmlr_kernels.launch as ours
 from jmlr_kernels.maxsim.triton_forward import maxsim_kept_kernel, maxsim_norms_kernel
+from jmlr_kernels.shifted_attention.triton_common import descriptor
+from jmlr_kernels.shifted_attention.triton_forward_tma import forward_tma_kernel
 
 launched: list[tuple[Any, ...]] = []
 
@@ -80,6 +83,12 @@ def main() -> None:
         runs.append((maxsim_norms_kernel, (tokens, scales, 2, 1, stride, stride), (16, 16, 16)))
     misaligned = torch.zeros(100)[1:]
     runs.append((maxsim_norms_kernel, (misaligned, torch.empty(2), 2, 1, 32, 32), (16, 16, 16)))
+    out, lse = torch.empty(1, 64, 1, 16, dtype=torch.bfloat16), torch.empty(1, 1, 64)
+    for dtype in (torch.bfloat16, torch.float16):  # of the descriptors alone; every count that can be 1 is
+        queries, keys = (descriptor(torch.zeros(1, 64, 1, 16, dtype=dtype), rows, 16) for rows in (64, 32))
+        integers = (64, 0, 1, 1, 1, 64, 1)
+        arguments = (queries, keys, keys, out, lse, None, None, *integers, 0.25)
+        runs.append((forward_tma_kernel, arguments, (16, 16, 64, 32, False, False, "tf32")))
     for kernel, arguments, constants in runs:
         launched.clear()
         options = (4, 1, 255)
@@ -90,12 +99,12 @@ def main() -> None:
         for other in launched[1:]:
             assert len(other) == len(launched[0]), (launched[0], other)
             for one, two in zip(launched[0], other, strict=True):
-                if isinstance(one, torch.Tensor):
+                if isinstance(one, (torch.Tensor, TensorDescriptor)):
                     assert one is two
                 else:  # what a profiler's hook is told compares by its contents
                     assert type(one) is type(two) and getattr(one, "data", one) == getattr(two, "data", two)
         assert all(entry[1:5] == (5, 1, 1, 7) for entry in launched)
-    assert len(ours._compiled) == 1 + 4, f"{len(ours._compiled)} kernels are remembered, expected 5"
+    assert len(ours._compiled) == 1 + 4 + 2, f"{len(ours._compiled)} kernels are remembered, expected 7"
     assert all(isinstance(kernel, triton.compiler.CompiledKernel) for kernel in ours._compiled.values())
     print("same")
 

@@ -17,6 +17,7 @@ pytest.importorskip("triton.backends.nvidia")
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTEGERS = (0, 1, 2, 15, 16, 17, 32, 2**31 - 1, 2**31, 2**31 + 16, 2**32, 2**63 - 1)
 DTYPES = (
@@ -94,6 +95,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
 def test_a_launch_is_remembered_under_what_it_was_compiled_for(kernel: FakeKernel) -> None:
     storage = torch.zeros(64)
     aligned = storage[-(storage.data_ptr() // 4) % 4 :]
+    rows = aligned[:32].view(4, 8)
     launches = [  # the tensor, the count, the stride, constants, options, device
         (aligned, 5, 32, (64,), (4, 1, 255), 0),
         (aligned[1:], 5, 32, (64,), (4, 1, 255), 0),
@@ -106,6 +108,10 @@ def test_a_launch_is_remembered_under_what_it_was_compiled_for(kernel: FakeKerne
         (aligned, 5, 32, (64,), (8, 1, 255), 0),
         (aligned, 5, 32, (64,), (4, 1, 255), 1),
         (None, 5, 32, (64,), (4, 1, 255), 0),
+        *(
+            (TensorDescriptor.from_tensor(rows, block), 5, 32, (64,), (4, 1, 255), 0)
+            for rows, block in ((rows, [2, 8]), (rows, [4, 8]), (rows.int(), [2, 8]))
+        ),
     ]
     for tensor, count, stride, constants, options, device in launches:
         launching._start_remembered(kernel, 3, (tensor, count, stride), constants, options, device)

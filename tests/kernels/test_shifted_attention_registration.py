@@ -203,6 +203,10 @@ LENS = torch.tensor([20, 20], dtype=torch.int32)
     [
         ({"group_size": 0.25}, "not a ratio"),
         ({"group_size": 1}, "at least 2"),
+        ({"group_size": "8"}, "as an int"),
+        ({name: torch.zeros(2, 20, 2, 0) for name in "qkv"}, "at least one dimension"),
+        ({name: torch.zeros(2, 20, 2, 16).to(torch.float8_e5m2) for name in "qkv"}, "one floating dtype"),
+        ({"seq_lens": [20, 20]}, "a list"),
         ({"boundary": "roll"}, "'split' or 'wrap'"),
         ({"backend": "magic"}, "choose one of"),
         ({"q": torch.zeros(20, 4, 16)}, "expected"),
@@ -213,6 +217,9 @@ LENS = torch.tensor([20, 20], dtype=torch.int32)
         ({"q": torch.zeros(2, 20, 16, 4).mT}, r"q\.contiguous"),
         ({"seq_lens": LENS.long()}, "int32"),
         ({"seq_lens": LENS[:1]}, "one per row"),
+        ({"seq_lens": LENS.to("meta")}, "move it there"),
+        ({"v": torch.zeros(2, 20, 2, 16, device="meta")}, "one device"),
+        ({"group_size": True}, "not a ratio"),
         ({"seq_lens": LENS + 1}, "between 0 and"),
         ({"seq_lens": LENS, "cu_seqlens": LENS}, "exclude each other"),
         ({"cu_seqlens": LENS}, "with cu_seqlens"),
@@ -222,6 +229,15 @@ def test_bad_input_gets_one_sentence(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         shifted_sparse_attention(**arguments(**changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_interpreter)])
+def test_one_dimension_may_have_any_stride(backend):
+    inputs = [torch.randn(1, 1, 12, 2).permute(0, 2, 3, 1) for _ in range(3)]
+    assert inputs[0].shape == (1, 12, 2, 1) and inputs[0].stride(-1) == 24
+    torch.testing.assert_close(
+        shifted_sparse_attention(*inputs, 4, backend=backend), shifted_sparse_attention_reference(*inputs, 4)
+    )
 
 
 @pytest.mark.parametrize("ends", [(1, 20), (0, 9, 5), (0, 21), ()])
@@ -235,6 +251,26 @@ def test_a_forced_backend_that_cannot_run_raises():
         shifted_sparse_attention(*make_inputs(), 8, backend="cuda")
     with pytest.raises(RuntimeError, match="float64"):
         shifted_sparse_attention(*make_inputs(dtype=torch.float64), 8, backend="triton")
+
+
+@needs_interpreter
+def test_heads_too_wide_for_the_kernels(monkeypatch):
+    from jmlr_kernels import ops
+
+    wide = make_inputs(dim=257)
+    with pytest.raises(RuntimeError, match="at most 256"):
+        shifted_sparse_attention(*wide, 8, backend="triton")
+    monkeypatch.setattr(ops, "resolve_backend", lambda *_: "triton")  # as on a GPU
+    with pytest.warns(RuntimeWarning, match="at most 256"):
+        out = shifted_sparse_attention(*wide, 8)
+    torch.testing.assert_close(out, shifted_sparse_attention_reference(*wide, 8))
+
+
+def test_meta_tensors_give_shapes():
+    inputs = [x.to("meta").requires_grad_() for x in make_inputs()]
+    out = shifted_sparse_attention(*inputs, 8)
+    assert out.device.type == "meta" and out.shape == inputs[0].shape
+    assert [x.shape for x in torch.autograd.grad(out.sum(), inputs)] == [x.shape for x in inputs]
 
 
 @pytest.mark.parametrize("option", ["dropout_p", "softcap", "window_size"])

@@ -16,7 +16,7 @@ if not triton_interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from jmlr_kernels.shifted_attention import triton_backward_tma, triton_forward_tma  # noqa: E402
-from jmlr_kernels.shifted_attention.triton_common import has_descriptors, programs_of  # noqa: E402
+from jmlr_kernels.shifted_attention.triton_common import descriptor, has_descriptors, programs_of  # noqa: E402
 
 
 @pytest.fixture
@@ -52,21 +52,32 @@ def results(function, inputs, group_size, **options):
 
 CASES = {
     "whole tiles": ((1, 128), 2, 2, 16, 64, {}),
-    "group of one tile": ((1, 100), 2, 2, 16, 32, {}),
-    "odd group, ragged length": ((1, 151), 4, 2, 16, 37, {}),
+    "groups of one tile": ((1, 50), 2, 2, 8, 32, {}),
+    "groups of many tiles": ((1, 205), 1, 1, 8, 100, {}),
+    "odd group, one shifted token over": ((1, 56), 4, 2, 16, 37, {}),
     "odd kv heads": ((1, 50), 6, 3, 8, 40, {}),
-    "one kv head for both halves": ((1, 90), 4, 1, 8, 40, {}),
+    "one kv head for both halves": ((1, 50), 4, 1, 8, 40, {}),
     "one head": ((1, 70), 1, 1, 8, 33, {}),
     "shorter than a group": ((2, 45), 2, 2, 8, 500, {}),
-    "head dim no power of two": ((1, 70), 2, 1, 24, 40, {}),
-    "right padding": ((4, 90), 4, 2, 8, 40, {"seq_lens": int32(90, 0, 1, 53)}),
-    "packed": ((160,), 4, 2, 8, 40, {"cu_seqlens": int32(0, 1, 1, 72, 75, 160)}),
-    "packed with a tail": ((130,), 2, 1, 8, 34, {"cu_seqlens": int32(0, 60, 97)}),
-    "many short documents": ((64,), 2, 2, 8, 64, {"cu_seqlens": int32(*range(0, 65, 8))}),
+    "head dim no power of two": ((1, 45), 2, 1, 24, 40, {}),
+    "right padding": ((4, 75), 2, 1, 8, 40, {"seq_lens": int32(75, 0, 1, 53)}),
+    "packed": ((125,), 2, 1, 8, 40, {"cu_seqlens": int32(0, 1, 1, 52, 55, 125)}),
+    "packed with a tail": ((110,), 2, 2, 8, 34, {"cu_seqlens": int32(0, 40, 77)}),
+    # 101 tokens are a group of four tiles and one token more, which has no whole group's turns.
+    "packed, one token over": ((101,), 2, 2, 8, 100, {"cu_seqlens": int32(0, 101)}),
+    "many short documents": ((40,), 2, 2, 8, 64, {"cu_seqlens": int32(*range(0, 41, 8))}),
 }
+HALF = ("odd group, one shifted token over", "right padding")
 
 
-HALF = ("odd group, ragged length", "right padding", "packed")
+def documents_of(lead, lengths):
+    """bool, of each row of tokens whether it is in a document."""
+    if "seq_lens" in lengths:
+        return torch.arange(lead[1]) < lengths["seq_lens"][:, None]
+    kept = torch.ones(lead, dtype=torch.bool)
+    if "cu_seqlens" in lengths:
+        kept[lengths["cu_seqlens"][-1] :] = False
+    return kept
 
 
 @pytest.mark.parametrize(
@@ -75,6 +86,9 @@ HALF = ("odd group, ragged length", "right padding", "packed")
 def test_equals_the_definition(case, dtype, taken):
     lead, heads, kv_heads, dim, group_size, lengths = CASES[case]
     inputs = make_inputs(lead, heads, kv_heads, dim, dtype)
+    with torch.no_grad():
+        for x in inputs:
+            x[~documents_of(lead, lengths)] = float("nan")
     actual = results(shifted_sparse_attention, inputs, group_size, backend="triton", **lengths)
     assert taken == ["launch_forward", "launch_dq", "launch_dkdv"]
     plain = results(shifted_sparse_attention_reference, inputs, group_size, **lengths)
@@ -84,46 +98,73 @@ def test_equals_the_definition(case, dtype, taken):
         assert_as_exact_as_torch(f"{case} {name}", x, y, z)
 
 
-@pytest.mark.parametrize("case", ["right padding", "packed", "packed with a tail"])
-def test_other_rows_may_hold_nan(case, taken):
-    """Padding, and for one document everybody else's rows: copies carry them along, products must not see them."""
-    lead, heads, kv_heads, dim, group_size, lengths = CASES[case]
-    inputs = make_inputs(lead, heads, kv_heads, dim)
-    clean = results(shifted_sparse_attention, inputs, group_size, backend="triton", **lengths)
-    kept = torch.zeros(lead, dtype=torch.bool)
-    if "seq_lens" in lengths:
-        kept |= torch.arange(lead[1]) < lengths["seq_lens"][:, None]
-        kept[0] = False  # one row of the batch alone
-    else:
-        start, end = lengths["cu_seqlens"][-3:-1].tolist()
-        kept[start:end] = True
-    dirty = [x.detach().clone() for x in inputs]
-    for x in dirty:
-        x[~kept] = float("nan")
-    dirty = [x.requires_grad_() for x in dirty]
-    out = shifted_sparse_attention(*dirty, group_size, backend="triton", **lengths)
+@pytest.mark.parametrize(
+    ("lengths", "kept"),
+    [
+        ({"cu_seqlens": (0, 9, 64, 73)}, (9, 64)),  # both gradient loops end inside of a tile
+        ({"seq_lens": (24, 20)}, (24, 44)),
+    ],
+    ids=["packed", "padded"],
+)
+def test_a_document_does_not_see_its_neighbours(lengths, kept, taken):
+    """Everybody else's rows of q, k, v and of the gradient hold NaN: copies carry them along, products must not."""
+    lengths = {name: int32(*values) for name, values in lengths.items()}
+    start, end = kept
+    clean = make_inputs((end - start,), 2, 1, 8)
+    out = shifted_sparse_attention_reference(*clean, 40, cu_seqlens=int32(0, end - start))
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7))
-    grad[~kept] = float("nan")
-    actual = (out.detach(), *torch.autograd.grad(out, dirty, grad))
-    for name, x, y in zip(("out", "dq", "dk", "dv"), actual, clean, strict=True):
-        assert torch.equal(x[kept], y[kept]), name
+    expected = (out.detach(), *torch.autograd.grad(out, clean, grad))
+
+    def among_nan(x):
+        rows = torch.full((73 if "cu_seqlens" in lengths else 48, *x.shape[1:]), float("nan"))
+        rows[start:end] = x.detach()
+        return rows if "cu_seqlens" in lengths else rows.unflatten(0, (2, 24))
+
+    inputs = [among_nan(x).requires_grad_() for x in clean]
+    out = shifted_sparse_attention(*inputs, 40, backend="triton", **lengths)
+    actual = (out.detach(), *torch.autograd.grad(out, inputs, among_nan(grad)))
     assert set(taken) == {"launch_forward", "launch_dq", "launch_dkdv"}
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x.reshape(-1, *y.shape[1:])[start:end], y)
 
 
-def test_strides_that_no_copy_can_address_take_the_other_kernels(taken):
-    wide = torch.randn(1, 64, 2, 33).requires_grad_()  # rows of 33 numbers do not start at multiples of 16 bytes
-    assert not has_descriptors(wide[..., :32])
-    actual = results(
-        lambda x, g, **o: shifted_sparse_attention(*[x[..., :32]] * 3, g, **o), [wide], 32, backend="triton"
-    )
+@pytest.mark.parametrize("strided", range(3), ids=["q", "k", "v"])
+def test_strides_that_no_copy_can_address_take_the_other_kernels(strided, taken):
+    inputs = make_inputs((1, 40), 2, 2, 32)
+    wide = torch.zeros(1, 40, 2, 33)  # rows of 33 numbers do not start at multiples of 16 bytes
+    wide[..., :32] = inputs[strided].detach()
+    inputs[strided] = wide[..., :32].requires_grad_()
+    assert not has_descriptors(*inputs)
+    actual = results(shifted_sparse_attention, inputs, 32, backend="triton")
     assert not taken
-    expected = results(lambda x, g, **o: shifted_sparse_attention_reference(*[x[..., :32]] * 3, g, **o), [wide], 32)
+    for x, y in zip(actual, results(shifted_sparse_attention_reference, inputs, 32), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_what_copies_can_address():
+    x = torch.zeros(2, 6, 4, 16)
+    assert has_descriptors(x, x[:, 1:], x.half(), x.transpose(1, 2))
+    for other in (x[:, :, :1].expand(2, 6, 4, 16), x.flatten()[1:-15].view(1, -1, 1, 16), torch.zeros(2, 6, 4, 15)):
+        assert not has_descriptors(x, other)
+    # The stride of a single row, head or batch entry says nothing, and the hardware must not be told.
+    single = torch.zeros(50).as_strided((1, 3, 1, 8), (7, 8, 5, 1))
+    assert has_descriptors(single)
+    assert all(stride % 4 == 0 for stride in descriptor(single, 2, 8).strides[:-1])
+
+
+def test_output_gradients_that_no_copy_can_address(taken):
+    inputs = make_inputs((1, 45), 2, 1, 8)
+    grad = torch.randn(1, 45, 1, 8).expand(1, 45, 2, 8)
+    out = shifted_sparse_attention(*inputs, 40, backend="triton")
+    actual = torch.autograd.grad(out, inputs, grad)
+    assert taken == ["launch_forward"]
+    expected = torch.autograd.grad(shifted_sparse_attention_reference(*inputs, 40), inputs, grad)
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y)
 
 
 def test_transposed_views_are_not_copied(taken):
-    q, k, v = (torch.randn(2, heads, 70, 16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, heads, 45, 16).transpose(1, 2).requires_grad_() for heads in (2, 1, 1))
     assert has_descriptors(q, k, v)
     actual = results(shifted_sparse_attention, [q, k, v], 40, backend="triton")
     expected = results(shifted_sparse_attention_reference, [q, k, v], 40)
@@ -138,14 +179,15 @@ def test_when_they_are_taken():
 
     assert name() == "forward_tma"
     assert name("backward_dkdv", group_size=2) == "backward_dkdv_tma"
-    refused = ({"dtype": torch.float32}, {"capability": 80}, {"capability": 120}, {"group_size": 64}, {"wrap": True})
+    refused = ({"dtype": torch.float32}, {"capability": 80}, {"capability": 120}, {"group_size": 127}, {"wrap": True})
+    refused += ({"capability": 100, "dim": 256},)
     for change in (*refused, {"scale": -1.0}, {"scale": 0.0}, {"kernel": "backward_dkdv", "dim": 256}):
         assert name(**change) is None, change
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales_that_are_not_positive(scale, taken):
-    inputs = make_inputs((1, 70), 2, 2, 8)
+    inputs = make_inputs((1, 45), 2, 2, 8)
     actual = results(shifted_sparse_attention, inputs, 40, scale=scale, backend="triton")
     expected = results(shifted_sparse_attention_reference, inputs, 40, scale=scale)
     assert "launch_forward" not in taken
@@ -162,16 +204,17 @@ def test_persistent_programs_are_as_many_as_fit():
 
 
 def test_two_runs_are_bit_identical(taken):
-    inputs = make_inputs((1, 151), 4, 2, 16)
+    inputs = make_inputs((1, 56), 4, 2, 16)
     first, second = (results(shifted_sparse_attention, inputs, 37, backend="triton") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert len(taken) == 6
 
 
 def test_tuned_tiles_go_before_the_guess(monkeypatch):
-    found = config.Tiles(64, 64, 4, 2, 255, 2)
+    found = config.Tiles(64, 32, 4, 2, 255, 2)
     monkeypatch.setattr(config, "_tuned", lambda: {"forward_tma-sm90-16bit-d128": found})
     assert config.tiles("forward_tma", torch.bfloat16, 96, 90) == found
     assert config.tiles("forward_tma", torch.bfloat16, 64, 90) != found
-    # Smaller tiles serve smaller groups.
+    # Smaller tiles serve smaller groups, of a tile of queries at least.
+    assert config.tma_kernel("forward", torch.bfloat16, 128, 90, 63, False, 1.0) is None
     assert config.tma_kernel("forward", torch.bfloat16, 128, 90, 64, False, 1.0) == "forward_tma"

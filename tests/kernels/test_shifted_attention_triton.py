@@ -50,11 +50,11 @@ def check(inputs, group_size, **options):
     ("lead", "heads", "kv_heads", "group_size", "lengths"),
     [
         ((1, 96), 2, 2, 64, {}),
-        ((2, 70), 2, 1, 33, {}),
-        ((1, 50), 3, 3, 200, {}),
+        ((2, 50), 2, 1, 33, {}),
+        ((1, 50), 3, 3, 162, {}),  # rolled by 31 in "wrap": to the last token of a tile of keys
         ((1, 40), 6, 3, 7, {}),
-        ((3, 70), 2, 1, 48, {"seq_lens": (70, 0, 37)}),
-        ((100,), 2, 1, 24, {"cu_seqlens": (0, 1, 1, 34, 93)}),
+        ((3, 50), 2, 1, 36, {"seq_lens": (50, 0, 37)}),
+        ((80,), 2, 1, 24, {"cu_seqlens": (0, 1, 1, 34, 73)}),
         ((64,), 2, 2, 16, {"cu_seqlens": (0, 64)}),
     ],
     ids=["aligned", "odd group", "one short group", "odd kv heads", "padded", "packed", "one document"],
@@ -92,9 +92,9 @@ def test_bfloat16():
 
 def test_strided_views_without_a_copy(monkeypatch):
     """The layouts that models hand over: a transposed [B, H, S, D], and slices of one fused projection."""
-    fused = torch.randn(2, 45, 8, 32, device=DEVICE)
-    q = torch.randn(2, 4, 45, 32, device=DEVICE).transpose(1, 2)
-    inputs = [x.requires_grad_() for x in (q, fused[:, :, 2:4], fused[:, :, 5:7])]
+    fused = torch.randn(2, 40, 4, 32, device=DEVICE)
+    q = torch.randn(2, 2, 40, 32, device=DEVICE).transpose(1, 2)
+    inputs = [x.requires_grad_() for x in (q, fused[:, :, 1:2], fused[:, :, 3:])]
     contiguous = [x.detach().contiguous().requires_grad_() for x in inputs]
     expected = results(shifted_sparse_attention, contiguous, 16, backend="triton")
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x, *_: pytest.fail("copied") if not x.is_contiguous() else x)
@@ -112,8 +112,30 @@ def test_output_gradient_of_a_sum_has_no_strides():
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize(
+    ("name", "lead", "table"),
+    [("seq_lens", (3, 40), [[33, 1], [5, 2], [40, 3]]), ("cu_seqlens", (40,), [[0, 1], [7, 2], [40, 3]])],
+)
+def test_lengths_may_be_a_column_of_a_table(name, lead, table):
+    column = int32(*table)[:, 0]
+    inputs = make_inputs(lead, 2, 2, 32, torch.float32)
+    strided, plain = (
+        results(shifted_sparse_attention, inputs, 16, backend="triton", **{name: x})
+        for x in (column, column.contiguous())
+    )
+    assert all(torch.equal(x, y) for x, y in zip(strided, plain, strict=True))
+
+
+@pytest.mark.parametrize("boundary", ["split", "wrap"])
+def test_a_group_may_be_longer_than_any_document(boundary):
+    """Ends of groups do not fit 32 bits, and a launch has no more programs than for a group of twice the rows."""
+    inputs = make_inputs((1, 20), 2, 1, 32, torch.float32)
+    for group_size in (2**31 - 1, 2**31, 2**40 + 7):
+        check(inputs, group_size, boundary=boundary)
+
+
 def test_two_runs_are_bit_identical():
-    inputs = make_inputs((2, 77), 4, 2, 32, torch.float16)
+    inputs = make_inputs((2, 45), 2, 1, 32, torch.float16)
     first, second = (results(shifted_sparse_attention, inputs, 32, backend="triton") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
