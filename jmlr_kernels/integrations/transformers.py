@@ -324,8 +324,8 @@ def _two_dimensional(mask: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def _row_lengths(mask: torch.Tensor, total: int) -> torch.Tensor:
-    """A right-padding mask's lengths, int32 [B]. Any other mask is an error, by an assertion on the device where reading
-    the answer would wait for it."""
+    """A right-padding mask's lengths, int32 [B]. Any other mask is an error, by an assertion on the device where asking
+    would wait for it."""
     mask = _two_dimensional(mask, total)
     resumes = (mask[:, 1:] & ~mask[:, :-1]).any()
     message = "attention_mask has padding before a token: attention 's2' trains with right padding only"
