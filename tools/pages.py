@@ -46,9 +46,10 @@ def extension() -> dict[str, str]:
         return dict.fromkeys(("table", "seeds", "quarters", "flops"), UNMEASURED)
     first = runs[0]
     made, target = first["environment"], first["config"]["extend"]["target_length"]
+    threads = first["config"]["threads"] or made["cores"]
     table = (
-        f"{markdown(first)}\n\nSeed {first['config']['seed']}, {first['seconds'] / 60:.0f} minutes with"
-        f" {first['config']['threads'] or made['cores']} threads (torch {made['torch']}, commit {first['commit'][:7]})."
+        f"{markdown(first)}\n\nSeed {first['config']['seed']}, {first['seconds'] / 60:.0f} minutes with {threads}"
+        f" thread{'s' if threads > 1 else ''} (torch {made['torch']}, commit {first['commit'][:7]})."
     )
     names = [one["row"] for one in first["comparisons"]]
     heads = ["seed", "full attention: perplexity", *(f"{LABELS[name]}: nats more" for name in names)]
