@@ -98,6 +98,18 @@ def test_autocast_takes_the_autocast_dtype_and_returns_float32_gradients():
         assert shifted_sparse_attention(*make_inputs(dtype=torch.float64), 8).dtype == torch.float64
 
 
+def test_the_operations_themselves_know_no_autocast():
+    """Their inputs were cast before; what they keep in float32 stays in float32."""
+    q, k, v = make_inputs()
+    options = (8, None, None, False, 0.3, "torch")
+    out, lse = OPS.shifted_attention_forward(q, k, v, *options)
+    grads = OPS.shifted_attention_backward(out, q, k, v, out, lse, *options)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = OPS.shifted_attention_forward(q, k, v, *options)
+        grads_again = OPS.shifted_attention_backward(out, q, k, v, out, lse, *options)
+    assert all(torch.equal(x, y) for x, y in zip((out, lse, *grads), (*again, *grads_again), strict=True))
+
+
 def test_a_second_derivative_is_refused():
     q, k, v = require_grad(make_inputs())
     out = shifted_sparse_attention(q, k, v, 8)
@@ -173,6 +185,12 @@ def test_the_formulas_are_those_of_torchs_own_attention():
     assert forward_flops(q, k, v, 8, None, None, False) == per_pair["forward"] * pairs
     lse = q.new_zeros(2, heads, length)
     assert backward_flops(q, q, k, v, q, lse, 8, None, None, False) == per_pair["backward"] * pairs
+
+
+def test_lengths_beyond_a_row_count_as_its_end():
+    lens = torch.tensor([60, -1], dtype=torch.int32)
+    q, k, v = make_inputs()
+    assert forward_flops(q, k, v, 8, None, lens, False) == 4 * 16 * attention_pairs(20, 8).total(4)
 
 
 def test_without_readable_lengths_rows_count_as_whole_documents():

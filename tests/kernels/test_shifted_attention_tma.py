@@ -218,3 +218,10 @@ def test_tuned_tiles_go_before_the_guess(monkeypatch):
     # Smaller tiles serve smaller groups, of a tile of queries at least.
     assert config.tma_kernel("forward", torch.bfloat16, 128, 90, 63, False, 1.0) is None
     assert config.tma_kernel("forward", torch.bfloat16, 128, 90, 64, False, 1.0) == "forward_tma"
+
+
+def test_wrap_is_never_tuned(monkeypatch):
+    found = config.Tiles(16, 16, 4, 1)
+    monkeypatch.setattr(config, "_tuned", lambda: {"forward-sm90-16bit-d128": found})
+    assert config.tiles("forward", torch.bfloat16, 128, 90) == found
+    assert config.tiles("forward", torch.bfloat16, 128, 90, wrap=True) != found

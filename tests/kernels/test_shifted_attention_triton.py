@@ -12,6 +12,7 @@ from jmlr_kernels.shifted_attention.function import shifted_sparse_attention
 from jmlr_kernels.shifted_attention.reference import shifted_sparse_attention_reference
 
 pytest.importorskip("triton")
+OPS = torch.ops.jmlr_kernels
 DEVICE = "cuda" if torch.cuda.is_available() and not triton_interpreted() else "cpu"
 if DEVICE == "cpu" and not triton_interpreted():
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
@@ -132,6 +133,64 @@ def test_a_group_may_be_longer_than_any_document(boundary):
     inputs = make_inputs((1, 20), 2, 1, 32, torch.float32)
     for group_size in (2**31 - 1, 2**31, 2**40 + 7):
         check(inputs, group_size, boundary=boundary)
+
+
+# A group shorter than a tile is the work of the kernels by ordinary loads, a longer one of those by bulk copies.
+BOTH_PATHS = pytest.mark.parametrize("group_size", [16, 40], ids=["loads", "copies"])
+
+
+@BOTH_PATHS
+def test_scores_may_be_large(group_size):
+    """An exponential of anything but the distance to the largest score would overflow, or vanish."""
+    q, k, v = make_inputs((1, 45), 2, 1, 32, torch.float32)
+    inputs = [(5 * x).detach().requires_grad_() for x in (q, k)] + [v]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = results(shifted_sparse_attention_reference, exact, group_size)
+    # Not the definition, which keeps its weights: who computes them again errs by the rounding of a large score.
+    plain, actual = (
+        results(shifted_sparse_attention, inputs, group_size, backend=backend) for backend in ("torch", "triton")
+    )
+    for name, x, y, z in zip(("out", "dq", "dk", "dv"), actual, plain, truth, strict=True):
+        assert_as_exact_as_torch(name, x, y, z)
+
+
+@BOTH_PATHS
+def test_a_row_holds_no_more_tokens_than_it_has(group_size):
+    """Lengths on a GPU are not read before the launch."""
+    q, k, v = (x.detach() for x in make_inputs((2, 45), 2, 1, 32, torch.float32))
+    found = []
+    for lens in (int32(60, 2**31 - 1), int32(45, 45)):
+        options = (group_size, None, lens, False, 0.2, "triton")
+        out, lse = OPS.shifted_attention_forward(q, k, v, *options)
+        found.append((out, lse, *OPS.shifted_attention_backward(q, q, k, v, out, lse, *options)))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@BOTH_PATHS
+def test_tokens_past_two_to_the_31_elements(group_size):
+    # 2**31 elements are reserved, not touched: the system gives memory page by page, as it is written.
+    span = torch.empty(2**31 + 128, dtype=torch.float16, device=DEVICE)
+    inputs = make_inputs((1, 3), 1, 1, 16, torch.float16)
+    apart = []
+    for number, x in enumerate(inputs):
+        y = span.as_strided(x.shape, (span.numel(), 2**30, 16, 1), 32 * number)
+        apart.append(y.copy_(x.detach()).detach().requires_grad_())
+    actual, expected = (results(shifted_sparse_attention, xs, group_size, backend="triton") for xs in (apart, inputs))
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@BOTH_PATHS
+def test_what_the_backward_pass_is_given_may_have_any_strides(group_size, backend):
+    q, k, v = (x.detach() for x in make_inputs((2, 45), 2, 1, 32, torch.float32))
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(7)).to(q)
+    options = (group_size, None, None, False, 0.2, backend)
+    out, lse = OPS.shifted_attention_forward(q, k, v, *options)
+    strided = (x.transpose(0, -1).contiguous().transpose(0, -1) for x in (out, lse))
+    actual = OPS.shifted_attention_backward(grad, q, k, v, *strided, *options)
+    expected = OPS.shifted_attention_backward(grad, q, k, v, out, lse, *options)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_two_runs_are_bit_identical():
