@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from jmlr_kernels.ops import triton_interpreted
+from jmlr_kernels.shifted_attention import torch_grouped
 from jmlr_kernels.shifted_attention.flops import attention_pairs, backward_flops, forward_flops
 from jmlr_kernels.shifted_attention.function import shifted_sparse_attention
 from jmlr_kernels.shifted_attention.reference import allowed, shifted_sparse_attention_reference
@@ -98,8 +99,10 @@ def test_autocast_takes_the_autocast_dtype_and_returns_float32_gradients():
         assert shifted_sparse_attention(*make_inputs(dtype=torch.float64), 8).dtype == torch.float64
 
 
-def test_the_operations_themselves_know_no_autocast():
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "matmul"])
+def test_the_operations_themselves_know_no_autocast(fused, monkeypatch):
     """Their inputs were cast before; what they keep in float32 stays in float32."""
+    monkeypatch.setattr(torch_grouped, "_fused_cpu", lambda q: fused)
     q, k, v = make_inputs()
     options = (8, None, None, False, 0.3, "torch")
     out, lse = OPS.shifted_attention_forward(q, k, v, *options)

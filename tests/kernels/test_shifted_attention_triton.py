@@ -154,13 +154,14 @@ def test_scores_may_be_large(group_size):
         assert_as_exact_as_torch(name, x, y, z)
 
 
+@pytest.mark.parametrize("wrap", [False, True], ids=["split", "wrap"])
 @BOTH_PATHS
-def test_a_row_holds_no_more_tokens_than_it_has(group_size):
+def test_a_row_holds_no_more_tokens_than_it_has(group_size, wrap):
     """Lengths on a GPU are not read before the launch."""
     q, k, v = (x.detach() for x in make_inputs((2, 45), 2, 1, 32, torch.float32))
     found = []
     for lens in (int32(60, 2**31 - 1), int32(45, 45)):
-        options = (group_size, None, lens, False, 0.2, "triton")
+        options = (group_size, None, lens, wrap, 0.2, "triton")
         out, lse = OPS.shifted_attention_forward(q, k, v, *options)
         found.append((out, lse, *OPS.shifted_attention_backward(q, q, k, v, out, lse, *options)))
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
