@@ -281,7 +281,7 @@ def backward(
         with torch.autocast(q.device.type, enabled=False):
             plan = _plan(q, group_size, cu_seqlens, seq_lens, wrap)
             grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-            out, lse = out.contiguous(), lse.contiguous()  # torch's flash attention on a CPU takes no other
+            out = out.contiguous()  # torch's flash attention on a CPU takes its last stride for 1
             grad_out, q, k, v, out = (plan.clean(x) for x in (grad_out, q, k, v, out))
             lse = plan.view(lse.transpose(-1, -2)[..., None])
             views = [plan.view(grad) for grad in (dq, dk, dv)]
