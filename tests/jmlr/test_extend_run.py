@@ -62,10 +62,11 @@ def test_smollm2_walks_through_two_steps(tmp_path: Path) -> None:
     assert rows["untouched"]["perplexity"][-1]["mean"] < rows["interpolated"]["perplexity"][-1]["mean"]
     # One start, one batch: the first losses differ by what each attention lets the tokens see.
     losses = {name: rows[name]["history"][0][1] for name in ("full", "split", "wrap")}
-    assert len(set(losses.values())) == 3 and max(losses.values()) - min(losses.values()) < 0.5, losses
+    assert losses["full"] < min(losses["split"], losses["wrap"]) and losses["split"] != losses["wrap"], losses
 
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(run / "split" / "final")
+    assert max(losses.values()) < math.log(model.config.vocab_size), losses  # better than chance
     assert model.config.rope_parameters["factor"] == 2.0 and model.config.s2_group_size == 32
     assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
