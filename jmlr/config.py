@@ -139,6 +139,21 @@ class EvaluateConfig:
     confidence: float = number(0.95, above=0, below=1)
 
 
+def run_problems(name: str, device: str) -> Iterator[Problem]:
+    """What is wrong with the `name` and `device` of a run of any task."""
+    if device not in ("auto", "cpu", "cuda"):
+        remedy = "write auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs"
+        yield Problem("device", f"'{device}' is not a device", remedy)
+    if not name or any(character in name for character in "/\\") or name.startswith("."):
+        yield Problem("name", f"'{name}' cannot name a directory", "use letters, digits, - and _")
+
+
+def beta_problems(setting: str, betas: tuple[float, ...]) -> Iterator[Problem]:
+    """What is wrong with AdamW's betas."""
+    if not all(0 <= beta < 1 for beta in betas):
+        yield Problem(setting, "a beta lies outside [0, 1)", "AdamW's betas are such as [0.9, 0.95]")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything a run depends on."""
@@ -158,11 +173,7 @@ class RunConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong between settings that are each right by themselves."""
-        if self.device not in ("auto", "cpu", "cuda"):
-            remedy = "write auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs"
-            yield Problem("device", f"'{self.device}' is not a device", remedy)
-        if not self.name or any(character in self.name for character in "/\\") or self.name.startswith("."):
-            yield Problem("name", f"'{self.name}' cannot name a directory", "use letters, digits, - and _")
+        yield from run_problems(self.name, self.device)
         for name in ("corpora", "train", "test"):
             if not getattr(self.data, name):
                 yield Problem(f"data.{name}", "the list is empty", "name at least one data set")
@@ -178,8 +189,7 @@ class RunConfig:
                 )
         yield from self._language_model_problems()
         yield from self._joint_problems()
-        if not all(0 <= beta < 1 for beta in self.train.betas):
-            yield Problem("train.betas", "a beta lies outside [0, 1)", "AdamW's betas are such as [0.9, 0.95]")
+        yield from beta_problems("train.betas", self.train.betas)
         for name in ("save_steps", "probe_steps"):  # so that a resumed run logs what an undisturbed one does
             if getattr(self.train, name) % self.train.log_steps:
                 yield Problem(

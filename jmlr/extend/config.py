@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
 
-from jmlr.config import LLMConfig, recipe_text
+from jmlr.config import LLMConfig, beta_problems, recipe_text, run_problems
 from jmlr.settings import Problem, number, read
 
 Variant = Literal["full", "split", "wrap"]
@@ -138,17 +138,12 @@ class ExtendConfig:
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong between settings that are each right by themselves."""
-        if self.device not in ("auto", "cpu", "cuda"):
-            remedy = "write auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs"
-            yield Problem("device", f"'{self.device}' is not a device", remedy)
-        if not self.name or any(character in self.name for character in "/\\") or self.name.startswith("."):
-            yield Problem("name", f"'{self.name}' cannot name a directory", "use letters, digits, - and _")
+        yield from run_problems(self.name, self.device)
         if not self.data.corpora:
             yield Problem("data.corpora", "the list is empty", "name at least one corpus")
         if self.model.path and self.model.package:
             yield Problem("model.package", "path and package are both set", "set one of them to null")
-        if not all(0 <= beta < 1 for beta in self.optimizer.betas):
-            yield Problem("optimizer.betas", "a beta lies outside [0, 1)", "AdamW's betas are such as [0.9, 0.95]")
+        yield from beta_problems("optimizer.betas", self.optimizer.betas)
         yield from self._shape_problems()
         yield from self._length_problems()
 
