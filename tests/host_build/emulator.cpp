@@ -11,6 +11,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -180,6 +181,10 @@ void prepare(int thread) {
     }
     Fiber& fiber = block->fibers[thread];
     fiber.stack = stacks[thread];
+#if defined(__SANITIZE_ADDRESS__)
+    // A block that ended in a Violation has left its frames there.
+    __asan_unpoison_memory_region(fiber.stack, kStack);
+#endif
     // Six registers and the address that the switch returns to; the latter at a multiple of 16, as after a call.
     void** top = reinterpret_cast<void**>(fiber.stack + kStack - 64);
     *top = reinterpret_cast<void*>(&fiber_main);

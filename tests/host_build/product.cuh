@@ -19,6 +19,7 @@ enum Fault {
     kUnwrittenShared,
     kMisaligned,
     kWriteToInput,
+    kOutsideOfArray,  // of a thread's own: for the sanitizers alone
 };
 
 template <class Element, bool kTransposed>
@@ -71,6 +72,7 @@ struct Product {
             }
         }
         if (p.fault == kDivergentShuffle && tiles::lane() == 3) return;
+        if (p.fault == kOutsideOfArray) c[0][p.depth] = 0.0f;
         float row_sums = tiles::row_sum(0.0f);  // all lanes meet here
         JMLR_UNROLL
         for (int n = 0; n < kColumns / 8; ++n) {
