@@ -1,7 +1,7 @@
 // Pieces of matrices in the registers of a warp, as the tensor cores take them, and their products.
 //
-// A product is c[16, 8] += a[16, K] b[K, 8] with K = Fragments<Element>::kDepth. float is multiplied in three products of
-// 19-bit numbers ("3xTF32"): high * high + high * low + low * high, which loses about two bits of a float product.
+// A product is c[16, 8] += a[16, K] b[K, 8] with K = Fragments<Element>::kDepth. float is multiplied in three products
+// of 19-bit numbers ("3xTF32"): high * high + high * low + low * high, which loses about two bits of a float product.
 //
 // Accumulator: lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next one:
 //   c[0], c[1] in the first row, c[2], c[3] in the second.
@@ -84,8 +84,8 @@ template <>
 struct Fragments<float> {
     static constexpr int kDepth = 8;
 
-    // Within a fragment, slot t of k stands for k = 2t and slot t + 4 for 2t + 1, in a and b alike: a sum over k does not
-    // mind, and accumulators become operands without moving between lanes.
+    // Within a fragment, slot t of k stands for k = 2t and slot t + 4 for 2t + 1, in a and b alike: a sum over k does
+    // not mind, and accumulators become operands without moving between lanes.
     struct A {
         uint32_t high[4], low[4];
     };

@@ -1,5 +1,5 @@
-// Starts a kernel. A kernel is a struct with `Params` (plain values and pointers), `kThreads`, `kMinBlocks` (blocks that
-// shall fit a multiprocessor) and `static void run(const Params&)`.
+// Starts a kernel. A kernel is a struct with `Params` (plain values and pointers), `kThreads`, `kMinBlocks` (blocks
+// that shall fit a multiprocessor) and `static void run(const Params&)`.
 #pragma once
 
 #include <stdexcept>
@@ -28,10 +28,12 @@ void launch(const typename Kernel::Params& params, int64_t blocks, int shared_by
     if (blocks == 0) return;
     if (blocks > 0x7fffffff) throw std::runtime_error("the problem needs more than 2**31 - 1 blocks: split the batch");
     if (shared_bytes > 48 * 1024) {
-        check_cuda(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-                   "shared memory of a kernel");
+        check_cuda(
+            cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+            "shared memory of a kernel");
     }
-    kernel_entry<Kernel><<<unsigned(blocks), Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    kernel_entry<Kernel>
+        <<<unsigned(blocks), Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     check_cuda(cudaGetLastError(), "launch of a kernel");
 }
 

@@ -1,5 +1,5 @@
-// 16-bit floating point as storage, and the few functions of real numbers that kernels need. The GPU converts with its own
-// instructions; the host rounds to nearest even by hand, so that it needs no CUDA header.
+// 16-bit floating point as storage, and the few functions of real numbers that kernels need. The GPU converts with its
+// own instructions; the host rounds to nearest even by hand, so that it needs no CUDA header.
 #pragma once
 
 #include <cmath>
@@ -44,11 +44,17 @@ JMLR_DEVICE float to_float(BFloat16 x) { return __bfloat162float(__ushort_as_bfl
 template <class Element>
 JMLR_DEVICE Element from_float(float x);
 template <>
-JMLR_DEVICE float from_float<float>(float x) { return x; }
+JMLR_DEVICE float from_float<float>(float x) {
+    return x;
+}
 template <>
-JMLR_DEVICE Half from_float<Half>(float x) { return Half{__half_as_ushort(__float2half_rn(x))}; }
+JMLR_DEVICE Half from_float<Half>(float x) {
+    return Half{__half_as_ushort(__float2half_rn(x))};
+}
 template <>
-JMLR_DEVICE BFloat16 from_float<BFloat16>(float x) { return BFloat16{__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
+JMLR_DEVICE BFloat16 from_float<BFloat16>(float x) {
+    return BFloat16{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
 
 JMLR_DEVICE float exp2_approximate(float x) {
     float y;
@@ -72,9 +78,13 @@ inline float to_float(Half x) { return float(bit_cast<_Float16>(x.bits)); }
 template <class Element>
 inline Element from_float(float x);
 template <>
-inline float from_float<float>(float x) { return x; }
+inline float from_float<float>(float x) {
+    return x;
+}
 template <>
-inline Half from_float<Half>(float x) { return Half{bit_cast<uint16_t>(_Float16(x))}; }
+inline Half from_float<Half>(float x) {
+    return Half{bit_cast<uint16_t>(_Float16(x))};
+}
 template <>
 inline BFloat16 from_float<BFloat16>(float x) {
     uint32_t bits = bit_cast<uint32_t>(x);

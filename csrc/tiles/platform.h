@@ -1,5 +1,5 @@
-// One source, two builds. nvcc compiles the kernels for a GPU; with JMLR_HOST_BUILD a host compiler builds the very same
-// kernels over an emulated block (tests/host_build/emulator.h), where every memory access is checked.
+// One source, two builds. nvcc compiles the kernels for a GPU; with JMLR_HOST_BUILD a host compiler builds the very
+// same kernels over an emulated block (tests/host_build/emulator.h), where every memory access is checked.
 #pragma once
 
 #include <cstdint>

@@ -41,7 +41,9 @@ public:
         memcpy(emulator::shared_write(offset_ + index * int(sizeof(T)), sizeof(T)), &value, sizeof(T));
     }
     template <class Other>
-    Shared<Other> as() const { return Shared<Other>(offset_); }
+    Shared<Other> as() const {
+        return Shared<Other>(offset_);
+    }
     int address() const { return offset_; }
 
 private:
@@ -49,7 +51,9 @@ private:
 };
 
 template <class T>
-inline Shared<T> shared_memory(int bytes) { return Shared<T>(bytes); }
+inline Shared<T> shared_memory(int bytes) {
+    return Shared<T>(bytes);
+}
 
 template <class T>
 inline void copy_async(Shared<T> to, const T* from, bool valid) {
@@ -57,7 +61,9 @@ inline void copy_async(Shared<T> to, const T* from, bool valid) {
 }
 inline void commit_copies() { emulator::commit_copies(); }
 template <int kGroups>
-inline void wait_copies() { emulator::wait_copies(kGroups); }
+inline void wait_copies() {
+    emulator::wait_copies(kGroups);
+}
 
 namespace host {
 
@@ -87,21 +93,22 @@ struct Registers {
 
 template <bool kTransposed>
 inline void load_matrices(uint32_t (&r)[4], int row) {
-    Registers got = together<int, Registers>(emulator::Meeting::load_matrices, row, [](const int** rows, Registers** out) {
-        for (int matrix = 0; matrix < 4; ++matrix) {
-            uint16_t element[8][8];
-            for (int i = 0; i < 8; ++i) {
-                int from = matrix * 8 + i;
-                memcpy(element[i], emulator::shared_read(*rows[from], 16, from, 16), 16);
+    Registers got =
+        together<int, Registers>(emulator::Meeting::load_matrices, row, [](const int** rows, Registers** out) {
+            for (int matrix = 0; matrix < 4; ++matrix) {
+                uint16_t element[8][8];
+                for (int i = 0; i < 8; ++i) {
+                    int from = matrix * 8 + i;
+                    memcpy(element[i], emulator::shared_read(*rows[from], 16, from, 16), 16);
+                }
+                for (int l = 0; l < kWarp; ++l) {
+                    int i = l / 4, j = l % 4 * 2;
+                    uint32_t low = kTransposed ? element[j][i] : element[i][j];
+                    uint32_t high = kTransposed ? element[j + 1][i] : element[i][j + 1];
+                    out[l]->r[matrix] = low | high << 16;
+                }
             }
-            for (int l = 0; l < kWarp; ++l) {
-                int i = l / 4, j = l % 4 * 2;
-                uint32_t low = kTransposed ? element[j][i] : element[i][j];
-                uint32_t high = kTransposed ? element[j + 1][i] : element[i][j + 1];
-                out[l]->r[matrix] = low | high << 16;
-            }
-        }
-    });
+        });
     for (int i = 0; i < 4; ++i) r[i] = got.r[i];
 }
 
@@ -183,16 +190,20 @@ inline uint32_t ballot(bool bit) {
 }
 
 template <class T>
-inline void load_matrices(uint32_t (&r)[4], Shared<T> row) { host::load_matrices<false>(r, row.address()); }
+inline void load_matrices(uint32_t (&r)[4], Shared<T> row) {
+    host::load_matrices<false>(r, row.address());
+}
 
 template <class T>
-inline void load_matrices_transposed(uint32_t (&r)[4], Shared<T> row) { host::load_matrices<true>(r, row.address()); }
+inline void load_matrices_transposed(uint32_t (&r)[4], Shared<T> row) {
+    host::load_matrices<true>(r, row.address());
+}
 
 template <class Element>
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     host::Operands in{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-    auto got = host::together<host::Operands, host::Products>(
-        emulator::Meeting::multiply_add, in, host::multiply_add<Element>);
+    auto got = host::together<host::Operands, host::Products>(emulator::Meeting::multiply_add, in,
+                                                              host::multiply_add<Element>);
     for (int i = 0; i < 4; ++i) c[i] = got.c[i];
 }
 

@@ -1,5 +1,5 @@
-// A matrix in shared memory, its 16-byte chunks permuted within each row ("swizzled") so that the eight rows of an 8 x 8
-// matrix lie in different banks, whatever the width.
+// A matrix in shared memory, its 16-byte chunks permuted within each row ("swizzled") so that the eight rows of an 8 x
+// 8 matrix lie in different banks, whatever the width.
 #pragma once
 
 #include "primitives.h"
@@ -28,10 +28,10 @@ public:
     JMLR_DEVICE Element read(int row, int column) const { return at(row, column).read(); }
     JMLR_DEVICE void write(int row, int column, Element value) const { at(row, column).write(0, value); }
 
-    // Fills the tile from rows in global memory. `row_pointer(row)` gives the first element of a row, or nullptr for a row
-    // of zeros; columns from `columns` on are zero. Called by all threads of the block. With `whole_chunks` (every row
-    // starts at a multiple of 16 bytes) the copies are asynchronous: commit, wait and a barrier come after; without it, a
-    // barrier.
+    // Fills the tile from rows in global memory. `row_pointer(row)` gives the first element of a row, or nullptr for a
+    // row of zeros; columns from `columns` on are zero. Called by all threads of the block. With `whole_chunks` (every
+    // row starts at a multiple of 16 bytes) the copies are asynchronous: commit, wait and a barrier come after; without
+    // it, a barrier.
     template <int kThreads, class RowPointer>
     JMLR_DEVICE void fill(RowPointer row_pointer, int columns, bool whole_chunks) const {
         for (int i = thread_index(); i < kRows * kChunks; i += kThreads) {

@@ -51,8 +51,11 @@ def build(directory: Path, sanitize: bool = False) -> Path:
 
 @cache
 def load() -> ModuleType:
-    """The module, built into `.host_build/` at the root of the repository; JMLR_HOST_BUILD_SANITIZE=1 takes the one with
-    AddressSanitizer and UBSan, which a process loads only with their libraries loaded before (test_sanitized.py)."""
+    """The module, built into `.host_build/` at the root of the repository.
+
+    JMLR_HOST_BUILD_SANITIZE=1 takes the one with AddressSanitizer and UBSan, which a process can load only where their
+    libraries were loaded before (test_sanitized.py).
+    """
     sanitize = os.environ.get("JMLR_HOST_BUILD_SANITIZE") == "1"
     path = build(ROOT / ".host_build" / ("sanitized" if sanitize else "plain"), sanitize)
     spec = importlib.util.spec_from_file_location(NAME, path)

@@ -77,7 +77,7 @@ struct Warp {
 };
 
 struct Access {
-    int thread = kNobody;      // or kSeveralWarps, of reads
+    int thread = kNobody;        // or kSeveralWarps, of reads
     bool several_lanes = false;  // of the thread's warp, of reads
     uint32_t epoch = 0;
     uint32_t warp_epoch = 0;
@@ -204,9 +204,11 @@ std::string place(int offset) { return "byte " + std::to_string(offset) + " of s
 
 void check_shared_place(int offset, int bytes, int alignment, int thread) {
     if (offset < 0 || offset + bytes > int(block->shared.size())) {
-        fail("access outside shared memory: " + place(offset) + ", which has " + std::to_string(block->shared.size()), thread);
+        fail("access outside shared memory: " + place(offset) + ", which has " + std::to_string(block->shared.size()),
+             thread);
     }
-    if (bytes % 2 != 0 || offset % (alignment ? alignment : bytes) != 0) fail("misaligned access to " + place(offset), thread);
+    if (bytes % 2 != 0 || offset % (alignment ? alignment : bytes) != 0)
+        fail("misaligned access to " + place(offset), thread);
 }
 
 void run_block(int64_t index) {
@@ -243,7 +245,8 @@ void run_block(int64_t index) {
         if (stuck != kNobody) fail("a warp-wide instruction that not all lanes reach", stuck);
         if (finished == block->threads) return;
         if (waiting != block->threads) {
-            fail(std::to_string(waiting) + " threads wait at a barrier and " + std::to_string(finished) + " have ended");
+            fail(std::to_string(waiting) + " threads wait at a barrier and " + std::to_string(finished) +
+                 " have ended");
         }
         ++block->epoch;
         for (Fiber& fiber : block->fibers) fiber.state = State::ready;
@@ -310,10 +313,13 @@ const void* shared_read(int offset, int bytes, int by_lane, int alignment) {
     uint32_t warp_epoch = block->warps[thread / kWarp].epoch;
     for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
         Cell& cell = block->cells[i];
-        if (cell.copying != kNobody) fail("a read of " + place(i * 2) + " while an asynchronous copy to it is under way", thread);
+        if (cell.copying != kNobody)
+            fail("a read of " + place(i * 2) + " while an asynchronous copy to it is under way", thread);
         if (cell.write.thread == kNobody) fail("a read of " + place(i * 2) + ", which nobody has written", thread);
         if (unordered(cell.write, thread, warp_epoch)) {
-            fail("a race at " + place(i * 2) + ": thread " + std::to_string(cell.write.thread) + " writes, another reads", thread);
+            fail("a race at " + place(i * 2) + ": thread " + std::to_string(cell.write.thread) +
+                     " writes, another reads",
+                 thread);
         }
         Access& read = cell.read;
         if (read.thread == kNobody || read.epoch != block->epoch) {
@@ -335,7 +341,8 @@ void* shared_write(int offset, int bytes) {
     uint32_t warp_epoch = block->warps[thread / kWarp].epoch;
     for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
         Cell& cell = block->cells[i];
-        if (cell.copying != kNobody) fail("a write to " + place(i * 2) + " while an asynchronous copy to it is under way");
+        if (cell.copying != kNobody)
+            fail("a write to " + place(i * 2) + " while an asynchronous copy to it is under way");
         if (unordered(cell.write, thread, warp_epoch)) fail("a race at " + place(i * 2) + ": two threads write");
         if (unordered(cell.read, thread, warp_epoch)) {
             fail("a race at " + place(i * 2) + ": a thread reads, another writes");
@@ -377,7 +384,8 @@ void wait_copies(int groups_under_way) {
 }
 
 void check_global_read(const void* pointer, size_t bytes) {
-    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) fail("a misaligned read of " + std::to_string(bytes) + " bytes");
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+        fail("a misaligned read of " + std::to_string(bytes) + " bytes");
     Range& range = range_of(pointer, bytes, false);
     if (!range.writable) return;
     size_t first = static_cast<const char*>(pointer) - range.begin;
@@ -386,12 +394,14 @@ void check_global_read(const void* pointer, size_t bytes) {
         if (owner.launch == 0) fail("a read of " + range.name + " where nobody has written");
         if (owner.launch != launches || (owner.block == block->index && owner.thread == block->running)) continue;
         if (owner.block != block->index) fail("a race at " + range.name + ": another block writes what this one reads");
-        if (owner.epoch == block->epoch) fail("a race at " + range.name + ": another thread writes what this one reads");
+        if (owner.epoch == block->epoch)
+            fail("a race at " + range.name + ": another thread writes what this one reads");
     }
 }
 
 void check_global_write(const void* pointer, size_t bytes) {
-    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) fail("a misaligned write of " + std::to_string(bytes) + " bytes");
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+        fail("a misaligned write of " + std::to_string(bytes) + " bytes");
     Range& range = range_of(pointer, bytes, true);
     size_t first = static_cast<const char*>(pointer) - range.begin;
     for (size_t i = first; i < first + bytes; ++i) {
@@ -405,7 +415,8 @@ void check_global_write(const void* pointer, size_t bytes) {
 }
 
 void run_grid(const std::function<void()>& kernel, int64_t blocks, int threads, int shared_bytes) {
-    if (threads % kWarp != 0 || threads <= 0 || threads > 1024) throw Violation("a block has 32 to 1024 threads, whole warps");
+    if (threads % kWarp != 0 || threads <= 0 || threads > 1024)
+        throw Violation("a block has 32 to 1024 threads, whole warps");
     if (shared_bytes > kSharedLimit) {
         throw Violation("a block asks for " + std::to_string(shared_bytes) + " bytes of shared memory; there are " +
                         std::to_string(kSharedLimit));

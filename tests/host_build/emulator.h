@@ -1,5 +1,5 @@
-// A GPU's block of threads on a CPU, for tests: every CUDA thread is a fiber with its own stack, and a fiber runs until it
-// must wait for others. Warp-wide instructions are meetings of 32 fibers; barriers are meetings of the whole block.
+// A GPU's block of threads on a CPU, for tests: every CUDA thread is a fiber with its own stack, and a fiber runs until
+// it must wait for others. Warp-wide instructions are meetings of 32 fibers; barriers are meetings of the whole block.
 //
 // Checked on the way, each a Violation that names block, thread and place:
 // - global memory: inside a registered tensor, aligned, outputs alone written, each element by one owner;
@@ -37,8 +37,8 @@ void meet(Meeting kind, void* slot, const std::function<void(void**)>& compute);
 void check_global_read(const void* pointer, size_t bytes);
 void check_global_write(const void* pointer, size_t bytes);
 
-// The bytes at an offset of the block's shared memory, after the checks; `by_lane` attributes the access to another lane of
-// the calling warp, `alignment` 0 stands for `bytes`.
+// The bytes at an offset of the block's shared memory, after the checks; `by_lane` attributes the access to another
+// lane of the calling warp, `alignment` 0 stands for `bytes`.
 const void* shared_read(int offset, int bytes, int by_lane = -1, int alignment = 0);
 void* shared_write(int offset, int bytes);
 

@@ -39,13 +39,16 @@ struct Product {
     };
 
     using F = tiles::Fragments<Element>;
-    using TileA = std::conditional_t<kTransposed, tiles::SharedTile<Element, kStep, kRows>, tiles::SharedTile<Element, kRows, kStep>>;
-    using TileB = std::conditional_t<kTransposed, tiles::SharedTile<Element, kStep, kColumns>, tiles::SharedTile<Element, kColumns, kStep>>;
+    using TileA = std::conditional_t<kTransposed, tiles::SharedTile<Element, kStep, kRows>,
+                                     tiles::SharedTile<Element, kRows, kStep>>;
+    using TileB = std::conditional_t<kTransposed, tiles::SharedTile<Element, kStep, kColumns>,
+                                     tiles::SharedTile<Element, kColumns, kStep>>;
     static constexpr int kSharedBytes = TileA::kBytes + TileB::kBytes;
 
     static JMLR_DEVICE void run(const Params& p) {
         int64_t tiles_across = tiles::ceil_div<int64_t>(p.columns, kColumns);
-        int64_t row0 = tiles::block_index() / tiles_across * kRows, column0 = tiles::block_index() % tiles_across * kColumns;
+        int64_t row0 = tiles::block_index() / tiles_across * kRows,
+                column0 = tiles::block_index() % tiles_across * kColumns;
         TileA a(p.fault == kMisaligned ? 8 : 0);
         TileB b(TileA::kBytes);
         float c[kColumns / 8][4] = {};
@@ -55,7 +58,8 @@ struct Product {
             fill(b, p.b, p.stride_b, column0, p.columns, k0, p);
             if (p.fault != kUnwrittenShared) tiles::commit_copies();
             if (p.fault != kNoWait) tiles::wait_copies<0>();
-            if (p.fault != kNoBarrierAfterLoad && (p.fault != kBarrierInBranch || tiles::warp() > 0)) tiles::sync_block();
+            if (p.fault != kNoBarrierAfterLoad && (p.fault != kBarrierInBranch || tiles::warp() > 0))
+                tiles::sync_block();
             JMLR_UNROLL
             for (int k = 0; k < kStep; k += F::kDepth) {
                 typename F::A left;
@@ -106,7 +110,8 @@ struct Product {
 template <class Element, bool kTransposed>
 void product(const typename Product<Element, kTransposed>::Params& p) {
     using Kernel = Product<Element, kTransposed>;
-    int64_t blocks = tiles::ceil_div<int64_t>(p.rows, Kernel::kRows) * tiles::ceil_div<int64_t>(p.columns, Kernel::kColumns);
+    int64_t blocks =
+        tiles::ceil_div<int64_t>(p.rows, Kernel::kRows) * tiles::ceil_div<int64_t>(p.columns, Kernel::kColumns);
     tiles::launch<Kernel>(p, blocks, Kernel::kSharedBytes, nullptr);
 }
 

@@ -27,7 +27,8 @@ def sanitized(*arguments):
         **os.environ,
         "JMLR_HOST_BUILD_SANITIZE": "1",
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",  # torch leaks on purpose; fibers have own stacks
+        # torch leaks on purpose, and fibers bring their own stacks.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]),

@@ -12,8 +12,8 @@ void run(const TensorArgument& a, const TensorArgument& b, const TensorArgument&
     auto whole = [](const TensorArgument& x) {
         return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.strides[0] % kPerChunk == 0;
     };
-    product<Element, kTransposed>({a.as<const Element>(), b.as<const Element>(), c.as<float>(), c.sizes[0], c.sizes[1], depth,
-                                   a.strides[0], b.strides[0], whole(a) && whole(b), fault});
+    product<Element, kTransposed>({a.as<const Element>(), b.as<const Element>(), c.as<float>(), c.sizes[0], c.sizes[1],
+                                   depth, a.strides[0], b.strides[0], whole(a) && whole(b), fault});
 }
 
 }  // namespace
@@ -32,7 +32,8 @@ void bind_tiles(py::module_& module) {
             else if (left.dtype == "float16") chosen(tiles::Half{});
             else chosen(tiles::BFloat16{});
         },
-        py::arg("a"), py::arg("b"), py::arg("c"), py::arg("transposed") = false, py::arg("fault") = 0, py::arg("seed") = 0);
+        py::arg("a"), py::arg("b"), py::arg("c"), py::arg("transposed") = false, py::arg("fault") = 0,
+        py::arg("seed") = 0);
 }
 
 }  // namespace host_build
