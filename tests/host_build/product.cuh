@@ -76,7 +76,9 @@ struct Product {
             }
         }
         if (p.fault == kDivergentShuffle && tiles::lane() == 3) return;
+#if defined(JMLR_HOST_BUILD)
         if (p.fault == kOutsideOfArray) c[0][p.depth] = 0.0f;
+#endif
         float row_sums = tiles::row_sum(0.0f);  // all lanes meet here
         JMLR_UNROLL
         for (int n = 0; n < kColumns / 8; ++n) {

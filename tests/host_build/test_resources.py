@@ -1,0 +1,62 @@
+"""The resource table: what nvcc compiled is read, and a kernel that spills fails."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from build import HERE
+
+from tools import resources
+
+SOURCE = """
+#include "{header}"
+using Kernel = host_build::Product<tiles::BFloat16, false>;
+template void host_build::product<tiles::BFloat16, false>(const Kernel::Params&);
+"""
+LISTING = """
+Fatbin elf code:
+================
+arch = sm_80
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z5firstv:
+  REG:40 STACK:0 SHARED:16 LOCAL:0 CONSTANT[0]:384 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z6secondv:
+  REG:255 STACK:24 SHARED:0 LOCAL:8 CONSTANT[0]:384 TEXTURE:0 SURFACE:0 SAMPLER:0
+
+Fatbin elf code:
+================
+arch = sm_90a
+ Function _Z5firstv:
+  REG:41 STACK:0 SHARED:16 LOCAL:0 CONSTANT[0]:384
+"""
+
+
+def test_listing():
+    first, second, third = resources.parse(LISTING)
+    assert (first.architecture, first.registers, first.stack, first.shared) == ("sm_80", 40, 0, 16)
+    assert (second.registers, second.stack) == (255, 32)
+    assert (third.architecture, third.registers) == ("sm_90a", 41)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize(("registers", "verdict"), [(255, 0), (32, 1)])
+def test_spills_fail(registers, verdict, tmp_path, capsys):
+    (tmp_path / "product.cu").write_text(SOURCE.format(header=HERE / "product.cuh"), encoding="utf-8")
+    command = ["nvcc", "-O3", "-std=c++17", "-arch=sm_80", f"-maxrregcount={registers}", "--expt-relaxed-constexpr"]
+    subprocess.run([*command, "-c", "product.cu", "-o", "product.o"], cwd=tmp_path, check=True)
+    assert resources.main([str(tmp_path / "product.o")]) == verdict
+    printed = capsys.readouterr().out
+    assert "host_build::Product<tiles::BFloat16, false>" in printed
+    assert printed.rstrip().endswith(f"1 kernels (sm_80), {verdict} with a stack")
+
+
+def test_nothing_to_read(tmp_path, capsys):
+    (tmp_path / "empty.o").write_bytes(b"")
+    assert resources.main([str(tmp_path / "empty.o")]) == 2
+    assert "tools.resources:" in capsys.readouterr().err
