@@ -2,9 +2,9 @@
 
     python -m tools.resources [jmlr_kernels/_C.so | wheel | object file] [--out table.json]
 
-A kernel with a stack frame spills registers or indexes an array by a number that the compiler does not know: both go to
-memory, at a price that no timing on another machine shows. The last line is the verdict; exit code 1 when a kernel has a
-stack, 2 when there is nothing to read.
+A kernel with a stack frame spills registers or indexes an array by a number that the compiler does not know: both go
+to memory, at a price that no timing on another machine shows. The last line is the verdict; exit code 1 when a kernel
+has a stack, 2 when there is nothing to read.
 """
 
 from __future__ import annotations

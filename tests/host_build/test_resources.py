@@ -12,8 +12,10 @@ from tools import resources
 
 SOURCE = """
 #include "{header}"
-using Kernel = host_build::Product<tiles::BFloat16, false>;
-template void host_build::product<tiles::BFloat16, false>(const Kernel::Params&);
+struct Kernel : host_build::Product<tiles::BFloat16, false> {{
+    static constexpr int kMinBlocks = {blocks};
+}};
+void start(const Kernel::Params& params) {{ tiles::launch<Kernel>(params, 1, Kernel::kSharedBytes, nullptr); }}
 """
 LISTING = """
 Fatbin elf code:
@@ -45,15 +47,15 @@ def test_listing():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize(("registers", "verdict"), [(255, 0), (32, 1)])
-def test_spills_fail(registers, verdict, tmp_path, capsys):
-    (tmp_path / "product.cu").write_text(SOURCE.format(header=HERE / "product.cuh"), encoding="utf-8")
-    command = ["nvcc", "-O3", "-std=c++17", "-arch=sm_80", f"-maxrregcount={registers}", "--expt-relaxed-constexpr"]
-    subprocess.run([*command, "-c", "product.cu", "-o", "product.o"], cwd=tmp_path, check=True)
-    assert resources.main([str(tmp_path / "product.o")]) == verdict
-    printed = capsys.readouterr().out
-    assert "host_build::Product<tiles::BFloat16, false>" in printed
-    assert printed.rstrip().endswith(f"1 kernels (sm_80), {verdict} with a stack")
+@pytest.mark.parametrize(("blocks", "verdict"), [(1, 0), (16, 1)])  # 16 blocks leave 32 registers a thread
+def test_spills_fail(blocks, verdict, tmp_path, capsys):
+    (tmp_path / "kernel.cu").write_text(SOURCE.format(header=HERE / "product.cuh", blocks=blocks), encoding="utf-8")
+    command = ["nvcc", "-O3", "-std=c++17", "-arch=sm_80", "--expt-relaxed-constexpr"]
+    subprocess.run([*command, "-c", "kernel.cu", "-o", "kernel.o"], cwd=tmp_path, check=True)
+    assert resources.main([str(tmp_path / "kernel.o")]) == verdict
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    assert lines[1].startswith("sm_80") and lines[1].endswith("  Kernel")
+    assert lines[-1] == f"1 kernels (sm_80), {verdict} with a stack"
 
 
 def test_nothing_to_read(tmp_path, capsys):
