@@ -3,8 +3,9 @@
 Six phases, each a process of its own with its own time limit, so that a kernel that kills the CUDA context ends its
 phase and not the others: the GPU tests, the compiled kernels under compute-sanitizer, what the timings need compiled
 (in parallel), the timings of both operations, and a few steps of joint training. ``tune``, which searches tile sizes,
-and ``profile`` run only when they are asked for. Results go to ``benchmarks/results/<gpu>/`` (``--out`` overrides): one JSON file for each
-operation, ``summary.json``, and ``log.txt`` with all that the phases printed. The last thing printed is a short table.
+and ``profile`` run only when they are asked for. Results go to ``benchmarks/results/<gpu>/`` (``--out`` overrides): one
+JSON file for each operation, ``summary.json``, and ``log.txt`` with all that the phases printed. The last thing printed
+is a short table.
 Exit code 1 when a phase fails.
 
     python -m tools.gpu_check [--out DIR] [--phases tests,attention] [--seconds maxsim=400] [--commit HASH] [--dry-run]
