@@ -189,6 +189,8 @@ inline uint32_t ballot(bool bit) {
     });
 }
 
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
 template <class T>
 inline void load_matrices(uint32_t (&r)[4], Shared<T> row) {
     host::load_matrices<false>(r, row.address());

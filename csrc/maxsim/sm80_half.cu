@@ -1,0 +1,10 @@
+#include "sm80.h"
+#include "sm80_forward.cuh"
+
+namespace jmlr::maxsim::sm80 {
+
+void forward_half(const Problem& p, const ForwardOutput& out, void* scratch, int processors, void* stream) {
+    forward_of<tiles::Half>(p, out, scratch, processors, stream);
+}
+
+}  // namespace jmlr::maxsim::sm80
