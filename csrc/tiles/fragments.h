@@ -126,10 +126,14 @@ struct Fragments<float> {
 
     static JMLR_DEVICE A from_accumulators(const float (*c)[4]) { return split_a(c[0][0], c[0][2], c[0][1], c[0][3]); }
 
+    // Summed up outside of the tensor cores, which cut instead of rounding: over a long sum that costs several bits.
     static JMLR_DEVICE void multiply(float (&c)[4], const A& a, const B& b) {
-        multiply_add<Tf32>(c, a.low, b.finite);
-        multiply_add<Tf32>(c, a.finite, b.low);
-        multiply_add<Tf32>(c, a.high, b.high);
+        float product[4] = {};
+        multiply_add<Tf32>(product, a.low, b.finite);
+        multiply_add<Tf32>(product, a.finite, b.low);
+        multiply_add<Tf32>(product, a.high, b.high);
+        JMLR_UNROLL
+        for (int i = 0; i < 4; ++i) c[i] += product[i];
     }
 
 private:
