@@ -13,15 +13,15 @@ inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int element_size(Type type) { return type == Type::float32 ? 4 : 2; }
 
-inline int64_t document_tokens(const Problem& p) {
+inline int64_t document_token_count(const Problem& p) {
     return p.packed() ? p.packed_tokens : p.document_count() * p.document_length;
 }
 
 // Sizes that positions and row numbers in 32 bits cannot hold.
 inline void check_sizes(const Problem& p) {
     constexpr int64_t kLimit = int64_t(1) << 31;
-    if (p.query_count * p.query_length >= kLimit) {
-        throw std::runtime_error("maxsim on CUDA takes fewer than 2**31 query tokens: split the queries");
+    if (p.query_count * p.query_length >= kLimit / 2) {
+        throw std::runtime_error("maxsim on CUDA takes fewer than 2**30 query tokens: split the queries");
     }
     if (p.document_length >= kLimit || p.dimension >= kLimit) {
         throw std::runtime_error("maxsim on CUDA takes documents of fewer than 2**31 tokens, of fewer than 2**31 dimensions");
@@ -87,12 +87,54 @@ inline ForwardPlan forward_plan(const Problem& p, const ForwardOutput& out, int 
     while (plan.lanes_per_query < 32 && plan.lanes_per_query < p.query_length) plan.lanes_per_query *= 2;
     Scratch scratch;
     if (p.document_mask != nullptr) {
-        plan.kept = scratch.add(document_tokens(p) * 4);
+        plan.kept = scratch.add(document_token_count(p) * 4);
         plan.kept_lengths = scratch.add(p.document_count() * 4);
     }
     if (plan.row_chunks > 1 && !out.per_token) {
         plan.parts = scratch.add(plan.row_chunks * p.query_count * p.documents_per_query * 4);
     }
+    plan.scratch_bytes = scratch.bytes();
+    return plan;
+}
+
+struct BackwardPlan {
+    int dimension_block = 0, chunks = 0;
+    int64_t splits = 1, documents_per_split = 0;  // of d(queries)
+    int64_t token_tiles = 0;                      // blocks that share a document
+    // Byte offsets of scratch arrays, -1 where there is none.
+    int64_t kept_lengths = -1, parts = -1, wide = -1;
+    int64_t scratch_bytes = 0;
+};
+
+// A few query tokens alone would leave the chip idle: into how many parts their documents are split.
+inline int64_t document_splits(int64_t warps, int64_t documents, int processors) {
+    constexpr int64_t kWarpsPerProcessor = 32, kFewestDocuments = 64;
+    int64_t wanted = kWarpsPerProcessor * processors / warps, most = documents / kFewestDocuments;
+    int64_t splits = wanted < most ? wanted : most;
+    return splits < 1 ? 1 : splits;
+}
+
+inline BackwardPlan backward_plan(const Problem& p, const BackwardInput& in, int processors) {
+    check_sizes(p);
+    BackwardPlan plan;
+    plan.dimension_block = gradient_dimension(p.dimension);
+    plan.chunks = int(divided_up(p.dimension, plan.dimension_block));
+    int64_t rows = p.query_count * p.query_length, documents = p.documents_per_query;
+    if (rows == 0 || documents == 0) return plan;
+    bool normalized = in.query_scales != nullptr;
+    plan.splits = document_splits(rows * plan.chunks, documents, processors);
+    plan.documents_per_split = divided_up(divided_up(documents, plan.splits), 32) * 32;
+    int tokens = document_gradient_tiles(plan.dimension_block).tokens;
+    plan.token_tiles = divided_up(p.document_length, tokens);
+    if (p.packed()) {  // the lengths lie on the device: a document of mean length shall have blocks enough
+        plan.token_tiles = divided_up(2 * p.packed_tokens, p.document_count() * tokens);
+    }
+    Scratch scratch;
+    if (!in.code.marked && p.document_mask != nullptr) plan.kept_lengths = scratch.add(p.document_count() * 4);
+    if (plan.splits > 1 || (plan.chunks > 1 && (normalized || p.query_weights != nullptr))) {
+        plan.parts = scratch.add(plan.splits * rows * p.dimension * 4);
+    }
+    if (plan.chunks > 1 && normalized) plan.wide = scratch.add(document_token_count(p) * p.dimension * 4);
     plan.scratch_bytes = scratch.bytes();
     return plan;
 }

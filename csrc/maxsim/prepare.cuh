@@ -1,4 +1,4 @@
-// What comes before and after the products: lists of kept tokens, inverse norms, sums over a long query's row tiles.
+// What comes before and after the products: lists of kept tokens, inverse norms, sums over a long query's row tiles, zeros.
 #pragma once
 
 #include "../tiles/launch.h"
@@ -50,9 +50,7 @@ struct InverseNorms {
     static constexpr int kPerLane = 4;
 
     struct Params {
-        const Element* tokens;
-        int64_t outer_count, inner_count, length;  // [outer, inner, length] tokens
-        int64_t outer_stride, inner_stride, stride;
+        TokenList<Element> tokens;
         int dimension;
         bool whole;
         float* scales;
@@ -60,10 +58,8 @@ struct InverseNorms {
 
     static JMLR_DEVICE void run(const Params& p) {
         int64_t token = tiles::block_index() * (kThreads / tiles::kWarp) + tiles::warp();
-        if (token >= p.outer_count * p.inner_count * p.length) return;
-        int64_t row = token / p.length, outer = row / p.inner_count;
-        const Element* from = p.tokens + outer * p.outer_stride + (row - outer * p.inner_count) * p.inner_stride +
-                              (token - row * p.length) * p.stride;
+        if (token >= p.tokens.count()) return;
+        const Element* from = p.tokens.row(token);
         float squares = 0.0f;
         for (int first = tiles::lane() * kPerLane; first < p.dimension; first += tiles::kWarp * kPerLane) {
             Slice<kPerLane> slice = load_slice<kPerLane>(from, first, p.dimension, p.whole);
@@ -92,6 +88,26 @@ struct SumParts {
         float sum = 0.0f;
         for (int64_t part = 0; part < p.part_count; ++part) sum += tiles::load(p.parts + part * p.count + i);
         tiles::store(p.sums + i, sum);
+    }
+};
+
+// Tokens of a packed list that no document covers have gradient zero.
+template <class Out>
+struct ZeroUncovered {
+    static constexpr int kThreads = 256;
+    static constexpr int kMinBlocks = 1;
+
+    struct Params {
+        const int32_t* cu_seqlens;
+        int64_t documents, tokens, dimension;
+        Out* out;  // [tokens, dimension]
+    };
+
+    static JMLR_DEVICE void run(const Params& p) {
+        int64_t before = tiles::load(p.cu_seqlens) * p.dimension, from = tiles::load(p.cu_seqlens + p.documents) * p.dimension;
+        int64_t own = tiles::block_index() * kThreads + tiles::thread_index(), step = tiles::block_count() * kThreads;
+        for (int64_t i = own; i < before; i += step) tiles::store(p.out + i, Out{});
+        for (int64_t i = from + own; i < p.tokens * p.dimension; i += step) tiles::store(p.out + i, Out{});
     }
 };
 

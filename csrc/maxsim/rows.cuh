@@ -51,6 +51,34 @@ JMLR_DEVICE Text<Element> text_of(const Problem& p, int64_t query, int64_t docum
     return {first, number * p.document_length, int(p.document_length)};
 }
 
+// Tokens [outer, inner, length] of any strides, numbered in this order.
+template <class Element>
+struct TokenList {
+    const Element* first;
+    int64_t outer_count, inner_count, length;
+    int64_t outer_stride, inner_stride, stride;
+
+    JMLR_BOTH int64_t count() const { return outer_count * inner_count * length; }
+    JMLR_DEVICE const Element* row(int64_t number) const {
+        int64_t list = number / length, outer = list / inner_count;
+        return first + outer * outer_stride + (list - outer * inner_count) * inner_stride + (number - list * length) * stride;
+    }
+};
+
+template <class Element>
+TokenList<Element> query_tokens(const Problem& p) {
+    const Element* first = static_cast<const Element*>(p.queries);
+    return {first, 1, p.query_count, p.query_length, 0, p.query_stride, p.query_token_stride};
+}
+
+template <class Element>
+TokenList<Element> document_tokens(const Problem& p) {
+    const Element* first = static_cast<const Element*>(p.documents);
+    if (p.cu_seqlens != nullptr) return {first, 1, 1, p.packed_tokens, 0, 0, p.document_token_stride};
+    return {first, p.candidates ? p.query_count : 1, p.documents_per_query, p.document_length,
+            p.document_query_stride, p.document_stride, p.document_token_stride};
+}
+
 template <class Element>
 JMLR_DEVICE const Element* query_row(const Problem& p, int64_t query, int64_t token) {
     return static_cast<const Element*>(p.queries) + query * p.query_stride + token * p.query_token_stride;

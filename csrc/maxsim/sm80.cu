@@ -1,7 +1,7 @@
 #include "sm80.h"
 
-#include "../tiles/launch.h"
-#include "plan.h"
+#include "prepare.cuh"
+#include "sm80_common.h"
 
 namespace jmlr::maxsim::sm80 {
 
@@ -16,6 +16,29 @@ int multiprocessors() {
 #endif
 }
 
+void find_kept_tokens(const Problem& p, int32_t* kept, int32_t* lengths, void* stream) {
+    constexpr int kPerBlock = KeptTokens::kThreads / tiles::kWarp;
+    tiles::launch<KeptTokens>({p, p.document_count(), kept, lengths}, divided_up(p.document_count(), kPerBlock), 0, stream);
+}
+
+void sum_parts(const float* parts, float* sums, int64_t part_count, int64_t count, void* stream) {
+    tiles::launch<SumParts>({parts, sums, part_count, count}, divided_up(count, SumParts::kThreads), 0, stream);
+}
+
+template <class Out>
+static void zero_uncovered_as(const Problem& p, void* out, void* stream) {
+    using Kernel = ZeroUncovered<Out>;
+    constexpr int64_t kMostBlocks = 1024;
+    int64_t blocks = divided_up(p.packed_tokens * p.dimension, Kernel::kThreads);
+    tiles::launch<Kernel>({p.cu_seqlens, p.document_count(), p.packed_tokens, p.dimension, static_cast<Out*>(out)},
+                          blocks < kMostBlocks ? blocks : kMostBlocks, 0, stream);
+}
+
+void zero_uncovered(const Problem& p, void* out, int element_size, void* stream) {
+    if (element_size == 2) zero_uncovered_as<uint16_t>(p, out, stream);
+    else zero_uncovered_as<uint32_t>(p, out, stream);
+}
+
 int64_t forward_scratch_bytes(const Problem& p, const ForwardOutput& out, int processors) {
     return forward_plan(p, out, processors).scratch_bytes;
 }
@@ -25,6 +48,19 @@ void forward(const Problem& p, const ForwardOutput& out, void* scratch, int proc
         case Type::float32: return forward_float(p, out, scratch, processors, stream);
         case Type::float16: return forward_half(p, out, scratch, processors, stream);
         case Type::bfloat16: return forward_bfloat16(p, out, scratch, processors, stream);
+    }
+}
+
+int64_t backward_scratch_bytes(const Problem& p, const BackwardInput& in, int processors) {
+    return backward_plan(p, in, processors).scratch_bytes;
+}
+
+void backward(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
+              void* stream) {
+    switch (p.type) {
+        case Type::float32: return backward_float(p, in, out, scratch, processors, stream);
+        case Type::float16: return backward_half(p, in, out, scratch, processors, stream);
+        case Type::bfloat16: return backward_bfloat16(p, in, out, scratch, processors, stream);
     }
 }
 

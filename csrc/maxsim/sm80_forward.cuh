@@ -2,60 +2,24 @@
 #pragma once
 
 #include "forward.cuh"
-#include "plan.h"
 #include "prepare.cuh"
+#include "sm80_common.h"
 
 namespace jmlr::maxsim::sm80 {
 
-inline bool multiples(int64_t unit, std::initializer_list<int64_t> strides) {
-    for (int64_t stride : strides) {
-        if (stride % unit != 0) return false;
-    }
-    return true;
-}
-
-// Whether every row starts at a multiple of `bytes`.
 template <class Element>
-bool rows_aligned(const void* first, std::initializer_list<int64_t> strides, int bytes) {
-    return reinterpret_cast<uintptr_t>(first) % uintptr_t(bytes) == 0 && multiples(bytes / int(sizeof(Element)), strides);
-}
-
-template <class Element>
-bool queries_aligned(const Problem& p, int bytes) {
-    return rows_aligned<Element>(p.queries, {p.query_stride, p.query_token_stride}, bytes);
-}
-
-template <class Element>
-bool documents_aligned(const Problem& p, int bytes) {
-    return rows_aligned<Element>(p.documents, {p.document_query_stride, p.document_stride, p.document_token_stride}, bytes);
-}
-
-template <class T>
-T* scratch_array(void* scratch, int64_t at) {
-    return at < 0 ? nullptr : reinterpret_cast<T*>(static_cast<char*>(scratch) + at);
-}
-
-inline void find_kept_tokens(const Problem& p, int32_t* kept, int32_t* lengths, void* stream) {
-    constexpr int kPerBlock = KeptTokens::kThreads / tiles::kWarp;
-    tiles::launch<KeptTokens>({p, p.document_count(), kept, lengths}, divided_up(p.document_count(), kPerBlock), 0, stream);
-}
-
-template <class Element>
-void norms(const Problem& p, const ForwardOutput& out, void* stream) {
+void inverse_norms(const TokenList<Element>& tokens, int64_t dimension, bool whole, float* scales, void* stream) {
     using Kernel = InverseNorms<Element>;
-    constexpr int kPerBlock = Kernel::kThreads / tiles::kWarp, kBytes = Kernel::kPerLane * int(sizeof(Element));
-    typename Kernel::Params queries{static_cast<const Element*>(p.queries), 1, p.query_count, p.query_length, 0,
-                                    p.query_stride, p.query_token_stride, int(p.dimension),
-                                    queries_aligned<Element>(p, kBytes), out.query_scales};
-    tiles::launch<Kernel>(queries, divided_up(p.query_count * p.query_length, kPerBlock), 0, stream);
-    bool packed = p.packed();
-    typename Kernel::Params documents{static_cast<const Element*>(p.documents),
-                                      packed || !p.candidates ? 1 : p.query_count,
-                                      packed ? 1 : p.documents_per_query,
-                                      packed ? p.packed_tokens : p.document_length,
-                                      p.document_query_stride, p.document_stride, p.document_token_stride,
-                                      int(p.dimension), documents_aligned<Element>(p, kBytes), out.document_scales};
-    tiles::launch<Kernel>(documents, divided_up(document_tokens(p), kPerBlock), 0, stream);
+    int64_t blocks = divided_up(tokens.count(), Kernel::kThreads / tiles::kWarp);
+    tiles::launch<Kernel>({tokens, int(dimension), whole, scales}, blocks, 0, stream);
+}
+
+template <class Element>
+void all_norms(const Problem& p, const ForwardOutput& out, void* stream) {
+    constexpr int kBytes = InverseNorms<Element>::kPerLane * int(sizeof(Element));
+    inverse_norms(query_tokens<Element>(p), p.dimension, queries_aligned<Element>(p, kBytes), out.query_scales, stream);
+    inverse_norms(document_tokens<Element>(p), p.dimension, documents_aligned<Element>(p, kBytes), out.document_scales,
+                  stream);
 }
 
 template <class Kernel, class Element>
@@ -88,7 +52,7 @@ void launch_forward(const Problem& p, const ForwardOutput& out, const ForwardPla
 template <class Element>
 void forward_of(const Problem& p, const ForwardOutput& out, void* scratch, int processors, void* stream) {
     ForwardPlan plan = forward_plan(p, out, processors);
-    if (out.query_scales != nullptr) norms<Element>(p, out, stream);
+    if (out.query_scales != nullptr) all_norms<Element>(p, out, stream);
     if (plan.row_tiles == 0) return;
     if (plan.kept >= 0) {
         find_kept_tokens(p, scratch_array<int32_t>(scratch, plan.kept), scratch_array<int32_t>(scratch, plan.kept_lengths),
@@ -102,8 +66,7 @@ void forward_of(const Problem& p, const ForwardOutput& out, void* scratch, int p
     }
     if (plan.parts >= 0) {
         int64_t count = p.query_count * p.documents_per_query;
-        tiles::launch<SumParts>({scratch_array<const float>(scratch, plan.parts), out.scores, plan.row_chunks, count},
-                                divided_up(count, SumParts::kThreads), 0, stream);
+        sum_parts(scratch_array<const float>(scratch, plan.parts), out.scores, plan.row_chunks, count, stream);
     }
 }
 

@@ -43,4 +43,17 @@ constexpr ForwardTiles forward_tiles(int element_size, int dimension, bool few_r
     return {4, 1, 1, 64, chunk, resident, false, 2, 1};
 }
 
+// Columns of the embedding that a warp of the backward kernels holds, a few in each lane; longer embeddings are cut.
+constexpr int gradient_dimension(int64_t dimension) { return dimension <= 64 ? 64 : 128; }
+
+constexpr int kQueryGradientThreads = 256;
+
+// A tile of a document's tokens with its sums in shared memory, and query tokens looked through at a time. Two blocks fit
+// 163 kB.
+struct DocumentGradientTiles {
+    int warps, tokens, scan, min_blocks;
+};
+
+constexpr DocumentGradientTiles document_gradient_tiles(int dimension) { return {8, 8192 / dimension, 4096, 2}; }
+
 }  // namespace jmlr::maxsim

@@ -72,6 +72,7 @@ JMLR_DEVICE T shuffle(T value, int from) {
 JMLR_DEVICE uint32_t ballot(bool bit) { return __ballot_sync(0xffffffffu, bit); }
 
 JMLR_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+JMLR_DEVICE int lowest_bit(uint32_t bits) { return __ffs(int(bits)) - 1; }
 
 template <class T>
 JMLR_DEVICE void load_matrices(uint32_t (&r)[4], Shared<T> row) {

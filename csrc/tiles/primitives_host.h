@@ -197,6 +197,7 @@ inline uint32_t ballot(bool bit) {
 }
 
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+inline int lowest_bit(uint32_t bits) { return __builtin_ffs(int(bits)) - 1; }
 
 template <class T>
 inline void load_matrices(uint32_t (&r)[4], Shared<T> row) {
