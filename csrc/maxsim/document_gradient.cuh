@@ -1,8 +1,8 @@
-// d(documents): a block owns a tile of a document's tokens, whose sums it keeps in shared memory in float. It looks through
-// the winners of all query tokens in scans: notes those that lie in its tile, sorts them by token (stably, so that the order
-// is that of the query tokens), and its warps share the sorted list evenly, however many one token has won. A warp adds the
-// query rows of each token in order; of a token that two warps share, the later warp's sum is added afterwards, in the
-// warps' order. No atomics. Derivation: docs/maxsim-backward.md.
+// d(documents): a block owns a tile of a document's tokens, whose sums it keeps in shared memory in float. It looks
+// through the winners of all query tokens in scans: notes those that lie in its tile, sorts them by token (stably, so
+// that the order is that of the query tokens), and its warps share the sorted list evenly, however many one token has
+// won. A warp adds the query rows of each token in order; of a token that two warps share, the later warp's sum is
+// added afterwards, in the warps' order. No atomics. Derivation: docs/maxsim-backward.md.
 #pragma once
 
 #include "gather.cuh"
@@ -28,17 +28,18 @@ struct DocumentGradient {
         BackwardInput in;
         const int32_t* kept_lengths;  // as in QueryGradient
         Element* grad_documents;
-        float* wide;                  // not null: sums go here, for FinishRows
+        float* wide;  // not null: sums go here, for FinishRows
         Divider query_length;
-        int64_t token_tiles;          // blocks that share a document; each takes every token_tiles-th tile
-        int chunks;                   // of the embedding
-        bool whole_queries, whole;    // slices of queries (documents and sums) are aligned, and fill the embedding
+        int64_t token_tiles;        // blocks that share a document; each takes every token_tiles-th tile
+        int chunks;                 // of the embedding
+        bool whole_queries, whole;  // slices of queries (documents and sums) are aligned, and fill the embedding
     };
 
-    // A winner in the tile, in 32 bits: the query token's place in the scan, the document token, and among the warp's notes
-    // of that token the rank.
+    // A winner in the tile, in 32 bits: the query token's place in the scan, the document token, and among the warp's
+    // notes of that token the rank.
     static constexpr int kRowBits = 12, kTokenBits = 7;
-    static_assert(kScan <= 1 << kRowBits && kTokens <= 1 << kTokenBits && kScanPerWarp < 1 << (32 - kRowBits - kTokenBits));
+    static_assert(kScan <= 1 << kRowBits && kTokens <= 1 << kTokenBits &&
+                  kScanPerWarp < 1 << (32 - kRowBits - kTokenBits));
     static JMLR_DEVICE uint32_t note_of(int row, int token, int rank) {
         return uint32_t(row) | uint32_t(token) << kRowBits | uint32_t(rank) << (kRowBits + kTokenBits);
     }
@@ -47,35 +48,39 @@ struct DocumentGradient {
     static JMLR_DEVICE int rank_of(uint32_t note) { return int(note >> (kRowBits + kTokenBits)); }
 
     // Shared memory, in bytes.
-    static constexpr int kSumsAt = 0;                                          // [tokens][dimension]
-    static constexpr int kHeadsAt = kSumsAt + kTokens * kDimension * 4;        // [warps][dimension]
-    static constexpr int kHeadTokensAt = kHeadsAt + kWarps * kDimension * 4;   // [warps], -1: none
-    static constexpr int kNotesAt = kHeadTokensAt + kWarps * 4;                // [warps][scan / warps]
-    static constexpr int kSortedAt = kNotesAt + kScan * 4;                     // [scan]
-    static constexpr int kCountsAt = kSortedAt + kScan * 4;                    // [warps][tokens], then where they start
-    static constexpr int kTotalsAt = kCountsAt + kWarps * kTokens * 4;         // [tokens], then their sum
+    static constexpr int kSumsAt = 0;                                         // [tokens][dimension]
+    static constexpr int kHeadsAt = kSumsAt + kTokens * kDimension * 4;       // [warps][dimension]
+    static constexpr int kHeadTokensAt = kHeadsAt + kWarps * kDimension * 4;  // [warps], -1: none
+    static constexpr int kNotesAt = kHeadTokensAt + kWarps * 4;               // [warps][scan / warps]
+    static constexpr int kSortedAt = kNotesAt + kScan * 4;                    // [scan]
+    static constexpr int kCountsAt = kSortedAt + kScan * 4;                   // [warps][tokens], then where they start
+    static constexpr int kTotalsAt = kCountsAt + kWarps * kTokens * 4;        // [tokens], then their sum
     static constexpr int kSharedBytes = kTotalsAt + (kTokens + 1) * 4;
 
     static JMLR_DEVICE tiles::Shared<float> sums() { return tiles::shared_memory<float>(kSumsAt); }
-    static JMLR_DEVICE tiles::Shared<float> head(int warp) { return tiles::shared_memory<float>(kHeadsAt) + warp * kDimension; }
+    static JMLR_DEVICE tiles::Shared<float> head(int warp) {
+        return tiles::shared_memory<float>(kHeadsAt) + warp * kDimension;
+    }
     static JMLR_DEVICE tiles::Shared<int> head_tokens() { return tiles::shared_memory<int>(kHeadTokensAt); }
     static JMLR_DEVICE tiles::Shared<uint32_t> notes(int warp) {
         return tiles::shared_memory<uint32_t>(kNotesAt) + warp * kScanPerWarp;
     }
     static JMLR_DEVICE tiles::Shared<uint32_t> sorted() { return tiles::shared_memory<uint32_t>(kSortedAt); }
-    static JMLR_DEVICE tiles::Shared<int> counts(int warp) { return tiles::shared_memory<int>(kCountsAt) + warp * kTokens; }
+    static JMLR_DEVICE tiles::Shared<int> counts(int warp) {
+        return tiles::shared_memory<int>(kCountsAt) + warp * kTokens;
+    }
     static JMLR_DEVICE tiles::Shared<int> totals() { return tiles::shared_memory<int>(kTotalsAt); }
 
     static JMLR_DEVICE uint32_t lanes_before() { return (1u << tiles::lane()) - 1; }
 
     // What a block works on.
     struct Tile {
-        int64_t first_query;   // the first that meets the document
-        int64_t document;      // among the documents of a query
+        int64_t first_query;  // the first that meets the document
+        int64_t document;     // among the documents of a query
         Text<Element> text;
         int first_token;
         int first_column;
-        int row_count;         // query tokens that meet the document
+        int row_count;  // query tokens that meet the document
     };
 
     struct QueryToken {
@@ -95,7 +100,8 @@ struct DocumentGradient {
         int winner = load_winner(p.in.winners, p.in.code.type, pair * p.problem.query_length + q.token);
         token = winner - tile.first_token;
         if (token < 0 || token >= kTokens) return false;
-        if (p.in.code.marked ? winner == p.in.code.none : !query_token_counts(p.problem, q.query, q.token)) return false;
+        if (p.in.code.marked ? winner == p.in.code.none : !query_token_counts(p.problem, q.query, q.token))
+            return false;
         if (p.in.rule.rule != Rule::tokens) return true;
         // A maximum that the loss does not look at: its query token may hold anything.
         return score_gradient(p.in.rule, p.problem, q.query, tile.document, q.token) != 0.0f;
@@ -249,7 +255,8 @@ struct DocumentGradient {
             auto total = [&](int first) {
                 Slice<kPerLane> sum;
                 JMLR_UNROLL
-                for (int i = 0; i < kPerLane; ++i) sum.value[i] = sums().read(token * kDimension + first - tile.first_column + i);
+                for (int i = 0; i < kPerLane; ++i)
+                    sum.value[i] = sums().read(token * kDimension + first - tile.first_column + i);
                 return sum;
             };
             int columns = int(problem.dimension), first = tile.first_column + tiles::lane() * kPerLane;

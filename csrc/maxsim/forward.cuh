@@ -1,11 +1,12 @@
 // MaxSim forward: a block holds up to 128 query rows and streams documents past them.
 //
-// Several queries share a tile of rows: rows never mix, since the maximum is per row and the sum over a query's rows comes
-// after. Queries longer than a tile are cut into row tiles whose partial sums are added afterwards, in order (SumParts).
+// Several queries share a tile of rows: rows never mix, since the maximum is per row and the sum over a query's rows
+// comes after. Queries longer than a tile are cut into row tiles whose partial sums are added afterwards, in order
+// (SumParts).
 //
-// Nothing is masked. Places past a document's end repeat its last token, which is never the lowest of equals; a mask has
-// become a list of kept tokens (KeptTokens) by which they are fetched. So the work on each similarity, beside its product,
-// is one maximum, and with winners a comparison and a predicated move more.
+// Nothing is masked. Places past a document's end repeat its last token, which is never the lowest of equals; a mask
+// has become a list of kept tokens (KeptTokens) by which they are fetched. So the work on each similarity, beside its
+// product, is one maximum, and with winners a comparison and a predicated move more.
 #pragma once
 
 #include "../tiles/fragments.h"
@@ -37,8 +38,8 @@ struct Forward {
     static constexpr int kRows = kTiles.rows();
     static constexpr int kTokens = kTiles.tokens;
     static constexpr int kStages = kTiles.stages;
-    static constexpr int kRowTiles = kTiles.row_tiles;                  // of 16 rows, of a warp
-    static constexpr int kColumnTiles = kTiles.tokens_per_warp() / 8;   // of 8 tokens, of a warp
+    static constexpr int kRowTiles = kTiles.row_tiles;                 // of 16 rows, of a warp
+    static constexpr int kColumnTiles = kTiles.tokens_per_warp() / 8;  // of 8 tokens, of a warp
     static constexpr bool kWalk = kTiles.resident == 0;
 
     using F = tiles::Fragments<Element>;
@@ -49,24 +50,24 @@ struct Forward {
     struct Params {
         Problem problem;
         ForwardOutput out;
-        const int32_t* kept;          // null: every token is kept
+        const int32_t* kept;  // null: every token is kept
         const int32_t* kept_lengths;
-        float* scores;                // [row_chunks, Nq, N], or maxima [Nq, N, Lq]
+        float* scores;  // [row_chunks, Nq, N], or maxima [Nq, N, Lq]
         Divider query_length;
-        int64_t row_tiles;            // of all queries
-        int row_chunks;               // row tiles of one query
+        int64_t row_tiles;  // of all queries
+        int row_chunks;     // row tiles of one query
         int queries_per_tile;
         int64_t documents_per_block;
-        int lanes_per_query;          // that add a query's rows: a power of two
-        int chunks;                   // of the embedding
+        int lanes_per_query;                  // that add a query's rows: a power of two
+        int chunks;                           // of the embedding
         bool whole_queries, whole_documents;  // rows start at multiples of 16 bytes
     };
 
     // Shared memory, in bytes.
     static constexpr int kStageBytes = TextTile::kBytes + (kWalk ? QueryTile::kBytes : 0);
     static constexpr int kStagesAt = kTiles.resident * QueryTile::kBytes;
-    static constexpr int kTextScalesAt = kStagesAt + kStages * kStageBytes;  // [stages][tokens]
-    static constexpr int kMaximaAt = kTextScalesAt + kStages * kTokens * 4;  // [2][token warps][rows], values
+    static constexpr int kTextScalesAt = kStagesAt + kStages * kStageBytes;           // [stages][tokens]
+    static constexpr int kMaximaAt = kTextScalesAt + kStages * kTokens * 4;           // [2][token warps][rows], values
     static constexpr int kPlacesAt = kMaximaAt + 2 * kTiles.token_warps * kRows * 4;  // the same, positions
     static constexpr int kRowScalesAt = kPlacesAt + 2 * kTiles.token_warps * kRows * 4;
     static constexpr int kRowWeightsAt = kRowScalesAt + kRows * 4;
@@ -74,9 +75,9 @@ struct Forward {
     static constexpr int kSharedBytes = kRowCountsAt + kRows * 4;
 
     struct RowTile {
-        int64_t number;       // among all row tiles
+        int64_t number;  // among all row tiles
         int64_t first_query;
-        int chunk;            // of a query longer than a tile
+        int chunk;  // of a query longer than a tile
     };
 
     struct Row {
@@ -114,8 +115,8 @@ struct Forward {
         return d.kept == nullptr ? token : tiles::load(d.kept + token);
     }
 
-    // Where a block stands in its run of documents: a step is one chunk of one tile of tokens. An empty document has steps
-    // too, in which nothing is loaded or multiplied.
+    // Where a block stands in its run of documents: a step is one chunk of one tile of tokens. An empty document has
+    // steps too, in which nothing is loaded or multiplied.
     struct Walk {
         int64_t number, last;
         Document document{};
@@ -128,7 +129,9 @@ struct Forward {
         JMLR_DEVICE bool inside() const { return number < last; }
         JMLR_DEVICE bool empty() const { return document.length == 0; }
         JMLR_DEVICE bool ends_tile(const Params& p) const { return chunk == p.chunks - 1; }
-        JMLR_DEVICE bool ends_document(const Params& p) const { return ends_tile(p) && first + kTokens >= document.length; }
+        JMLR_DEVICE bool ends_document(const Params& p) const {
+            return ends_tile(p) && first + kTokens >= document.length;
+        }
 
         JMLR_DEVICE void advance(const Params& p, const RowTile& tile) {
             bool tile_ends = ends_tile(p), document_ends = ends_document(p);
@@ -196,8 +199,9 @@ struct Forward {
         }
     }
 
-    static JMLR_DEVICE void multiply(Similarities& s, const QueryRows& rows, const QueryTile& query, const TextTile& text) {
-        JMLR_UNROLL
+    static JMLR_DEVICE void multiply(Similarities& s, const QueryRows& rows, const QueryTile& query,
+                                     const TextTile& text) {
+        JMLR_UNROLL_BY(kTiles.depths_unrolled)
         for (int k = 0; k < kDepths; ++k) {
             typename F::A a[kRowTiles];
             JMLR_UNROLL
@@ -287,7 +291,8 @@ struct Forward {
 
     static JMLR_DEVICE Maximum maximum_of(int row, int parity) {
         int place = parity * kTiles.token_warps * kRows + row;
-        Maximum best{tiles::shared_memory<float>(kMaximaAt).read(place), tiles::shared_memory<int>(kPlacesAt).read(place)};
+        Maximum best{tiles::shared_memory<float>(kMaximaAt).read(place),
+                     tiles::shared_memory<int>(kPlacesAt).read(place)};
         JMLR_UNROLL
         for (int i = 1; i < kTiles.token_warps; ++i) {
             place += kRows;
@@ -318,7 +323,8 @@ struct Forward {
             int64_t entry = (own.query * problem.documents_per_query + number) * problem.query_length + own.token;
             if (p.out.winners != nullptr) {
                 bool won = !empty && tiles::shared_memory<int>(kRowCountsAt).read(i) != 0;
-                store_winner(p.out.winners, p.out.code.type, entry, won ? position_of(d, best.position) : p.out.code.none);
+                store_winner(p.out.winners, p.out.code.type, entry,
+                             won ? position_of(d, best.position) : p.out.code.none);
             }
             if (p.out.per_token) tiles::store(p.scores + entry, empty || too_long ? nobody : share_of(i, best.value));
         }
@@ -356,7 +362,8 @@ struct Forward {
             }
             tiles::shared_memory<int>(kRowCountsAt).write(i, counts);
             tiles::shared_memory<float>(kRowScalesAt).write(i, scale);
-            tiles::shared_memory<float>(kRowWeightsAt).write(i, counts ? query_weight(p.problem, row.query, row.token) : 0.0f);
+            tiles::shared_memory<float>(kRowWeightsAt)
+                .write(i, counts ? query_weight(p.problem, row.query, row.token) : 0.0f);
         }
         return row;
     }
@@ -403,7 +410,8 @@ struct Forward {
             if (!reading.empty()) {
                 if (reading.chunk == 0) {
                     JMLR_UNROLL
-                    for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i) s[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = 0.0f;
+                    for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i)
+                        s[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = 0.0f;
                     if (reading.first == 0) {
                         JMLR_UNROLL
                         for (int i = 0; i < kRowTiles * 2; ++i) maxima[i / 2][i % 2] = {-tiles::kInfinity, 0};

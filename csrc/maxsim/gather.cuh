@@ -10,9 +10,9 @@ namespace jmlr::maxsim {
 // Rows under way at a time: what hides the latency of memory.
 constexpr int kRowsUnderWay = 8;
 
-// Lane l holds an entry: the place of a row (elements from `base`). Calls add(l, slice) for the entries in `taken`, in their
-// order, with the lane's slice of the row. `first`: the slice's column; kWhole: slices are aligned, and `columns` is a
-// multiple of their length.
+// Lane l holds an entry: the place of a row (elements from `base`). Calls add(l, slice) for the entries in `taken`, in
+// their order, with the lane's slice of the row. `first`: the slice's column; kWhole: slices are aligned, and `columns`
+// is a multiple of their length.
 template <bool kWhole, int kPerLane, class Element, class Add>
 JMLR_DEVICE void for_each_row(const Element* base, int64_t place, uint32_t taken, int first, int columns, Add add) {
     while (taken != 0) {
@@ -43,8 +43,8 @@ JMLR_DEVICE void add_scaled(Slice<kPerLane>& sum, float factor, const Slice<kPer
 constexpr float kFloorScale = 9.99e11f;
 
 // What a row of sums becomes: d(weight) is its product with the (normalised) row itself; d(row) passes the Jacobian of
-// u = x scale, which is (du - u <u, du>) scale, and takes the weight. A row of zeros stays zero whatever the rest holds.
-// `total(first)` gives the slice of sums at a column; `row` is not read unless weighted or normalised.
+// u = x scale, which is (du - u <u, du>) scale, and takes the weight. A row of zeros stays zero whatever the rest
+// holds. `total(first)` gives the slice of sums at a column; `row` is not read unless weighted or normalised.
 template <class Element, class Out, int kPerLane>
 struct RowEnd {
     const Element* row;
@@ -62,7 +62,8 @@ struct RowEnd {
                 Slice<kPerLane> sum = total(first), unit = load_slice<kPerLane>(row, first, columns, whole);
                 JMLR_UNROLL
                 for (int i = 0; i < kPerLane; ++i) {
-                    if (sum.value[i] != 0.0f) dot += sum.value[i] * (normalized ? unit.value[i] * scale : unit.value[i]);
+                    if (sum.value[i] != 0.0f)
+                        dot += sum.value[i] * (normalized ? unit.value[i] * scale : unit.value[i]);
                 }
             }
             dot = warp_sum(dot);

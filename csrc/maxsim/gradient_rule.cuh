@@ -6,7 +6,8 @@
 namespace jmlr::maxsim {
 
 // d(loss)/d(score) of a query and a document, or with Rule::tokens d(loss)/d(maximum) of one query token.
-JMLR_DEVICE float score_gradient(const RuleInput& rule, const Problem& p, int64_t query, int64_t document, int64_t token) {
+JMLR_DEVICE float score_gradient(const RuleInput& rule, const Problem& p, int64_t query, int64_t document,
+                                 int64_t token) {
     using tiles::load;
     int64_t pair = query * p.documents_per_query + document;
     if (rule.rule == Rule::scores) return load(rule.grad + pair);

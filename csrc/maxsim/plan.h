@@ -24,7 +24,8 @@ inline void check_sizes(const Problem& p) {
         throw std::runtime_error("maxsim on CUDA takes fewer than 2**30 query tokens: split the queries");
     }
     if (p.document_length >= kLimit || p.dimension >= kLimit) {
-        throw std::runtime_error("maxsim on CUDA takes documents of fewer than 2**31 tokens, of fewer than 2**31 dimensions");
+        throw std::runtime_error(
+            "maxsim on CUDA takes documents of fewer than 2**31 tokens, of fewer than 2**31 dimensions");
     }
 }
 
@@ -54,8 +55,8 @@ struct ForwardPlan {
     int64_t scratch_bytes = 0;
 };
 
-// The number of documents that leaves the multiprocessors idle least: blocks start in waves, and a wave lasts as long as a
-// run of documents. Of equals the longest run, which loads the query rows least often.
+// The number of documents that leaves the multiprocessors idle least: blocks start in waves, and a wave lasts as long
+// as a run of documents. Of equals the longest run, which loads the query rows least often.
 inline int64_t documents_per_block(int64_t documents, int64_t row_tiles, int64_t slots) {
     constexpr int64_t kLongestRun = 16;  // beyond, rows are reused enough
     int64_t best = 1, shortest = INT64_MAX;
@@ -82,7 +83,8 @@ inline ForwardPlan forward_plan(const Problem& p, const ForwardOutput& out, int 
     plan.row_chunks = int(divided_up(p.query_length, rows));
     plan.queries_per_tile = p.candidates || p.query_length > rows ? 1 : int(rows / p.query_length);
     plan.row_tiles = divided_up(p.query_count, plan.queries_per_tile) * plan.row_chunks;
-    plan.documents_per_block = documents_per_block(p.documents_per_query, plan.row_tiles, int64_t(processors) * tiles.min_blocks);
+    plan.documents_per_block =
+        documents_per_block(p.documents_per_query, plan.row_tiles, int64_t(processors) * tiles.min_blocks);
     plan.lanes_per_query = 1;
     while (plan.lanes_per_query < 32 && plan.lanes_per_query < p.query_length) plan.lanes_per_query *= 2;
     Scratch scratch;

@@ -1,4 +1,5 @@
-// What comes before and after the products: lists of kept tokens, inverse norms, sums over a long query's row tiles, zeros.
+// What comes before and after the products: lists of kept tokens, inverse norms, sums over a long query's row tiles,
+// zeros.
 #pragma once
 
 #include "../tiles/launch.h"
@@ -6,8 +7,8 @@
 
 namespace jmlr::maxsim {
 
-// The positions of each document's kept tokens, side by side from the document's place on, and how many there are. By it
-// excluded tokens cost nothing. A warp owns a document. `kept` null: only counts.
+// The positions of each document's kept tokens, side by side from the document's place on, and how many there are. By
+// it excluded tokens cost nothing. A warp owns a document. `kept` null: only counts.
 struct KeptTokens {
     static constexpr int kThreads = 128;
     static constexpr int kMinBlocks = 1;
@@ -104,7 +105,8 @@ struct ZeroUncovered {
     };
 
     static JMLR_DEVICE void run(const Params& p) {
-        int64_t before = tiles::load(p.cu_seqlens) * p.dimension, from = tiles::load(p.cu_seqlens + p.documents) * p.dimension;
+        int64_t before = tiles::load(p.cu_seqlens) * p.dimension,
+                from = tiles::load(p.cu_seqlens + p.documents) * p.dimension;
         int64_t own = tiles::block_index() * kThreads + tiles::thread_index(), step = tiles::block_count() * kThreads;
         for (int64_t i = own; i < before; i += step) tiles::store(p.out + i, Out{});
         for (int64_t i = from + own; i < p.tokens * p.dimension; i += step) tiles::store(p.out + i, Out{});

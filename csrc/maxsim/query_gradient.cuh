@@ -1,6 +1,7 @@
-// d(queries) and d(weights): a warp owns a query token (or a chunk of its embedding), walks the documents in order and adds
-// the tokens that won, each times its score's gradient. Where query tokens are few (one query, thousands of documents) the
-// documents are split among warps, whose sums FinishRows adds in order. Derivation: docs/maxsim-backward.md.
+// d(queries) and d(weights): a warp owns a query token (or a chunk of its embedding), walks the documents in order and
+// adds the tokens that won, each times its score's gradient. Where query tokens are few (one query, thousands of
+// documents) the documents are split among warps, whose sums FinishRows adds in order. Derivation:
+// docs/maxsim-backward.md.
 #pragma once
 
 #include "gather.cuh"
@@ -21,12 +22,12 @@ struct QueryGradient {
         BackwardInput in;
         const int32_t* kept_lengths;  // of documents; null: winners are marked, or no document is masked
         Element* grad_queries;
-        float* grad_weights;          // null: no weights
-        float* parts;                 // [splits, Nq * Lq, D]: sums for FinishRows; null: rows are finished here
+        float* grad_weights;  // null: no weights
+        float* parts;         // [splits, Nq * Lq, D]: sums for FinishRows; null: rows are finished here
         Divider query_length;
-        int chunks;                   // of the embedding
+        int chunks;  // of the embedding
         int64_t splits, documents_per_split;
-        bool whole, whole_queries;    // slices of documents (queries and sums) are aligned, and fill the embedding
+        bool whole, whole_queries;  // slices of documents (queries and sums) are aligned, and fill the embedding
     };
 
     static JMLR_DEVICE void run(const Params& p) {
@@ -55,7 +56,8 @@ struct QueryGradient {
         }
     }
 
-    static JMLR_DEVICE void finish(const Params& p, int64_t query, int64_t token, int64_t row, const Slice<kPerLane>& sum) {
+    static JMLR_DEVICE void finish(const Params& p, int64_t query, int64_t token, int64_t row,
+                                   const Slice<kPerLane>& sum) {
         const Problem& problem = p.problem;
         RowEnd<Element, Element, kPerLane> end{};
         end.row = query_row<Element>(problem, query, token);
@@ -81,7 +83,8 @@ struct QueryGradient {
             int64_t pair = query * problem.documents_per_query + document;
             int winner = load_winner(p.in.winners, p.in.code.type, pair * problem.query_length + token);
             if (p.in.code.marked) won = winner != p.in.code.none;
-            else if (p.kept_lengths != nullptr) won = tiles::load(p.kept_lengths + document_number(problem, query, document)) > 0;
+            else if (p.kept_lengths != nullptr)
+                won = tiles::load(p.kept_lengths + document_number(problem, query, document)) > 0;
             if (won) {
                 factor = score_gradient(p.in.rule, problem, query, document, token);
                 // A maximum that the loss does not look at: its winner may hold anything.
@@ -89,7 +92,8 @@ struct QueryGradient {
             }
             if (won) {
                 Text<Element> text = text_of<Element>(problem, query, document);
-                place = text.first - static_cast<const Element*>(problem.documents) + winner * problem.document_token_stride;
+                place = text.first - static_cast<const Element*>(problem.documents) +
+                        winner * problem.document_token_stride;
                 if (p.in.document_scales != nullptr) factor *= tiles::load(p.in.document_scales + text.place + winner);
             }
         }

@@ -12,7 +12,8 @@ public:
     Divider() = default;
     explicit Divider(int64_t divisor) : divisor_(int(divisor)) {
         while ((int64_t(1) << shift_) < divisor) ++shift_;
-        multiplier_ = uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift_) - uint64_t(divisor))) / uint64_t(divisor) + 1);
+        multiplier_ =
+            uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift_) - uint64_t(divisor))) / uint64_t(divisor) + 1);
     }
 
     JMLR_DEVICE int divide(int n) const {
@@ -47,7 +48,8 @@ JMLR_DEVICE Text<Element> text_of(const Problem& p, int64_t query, int64_t docum
         int end = tiles::load(p.cu_seqlens + number + 1);
         return {documents + start * p.document_token_stride, start, end - start};
     }
-    const Element* first = documents + (p.candidates ? query * p.document_query_stride : 0) + document * p.document_stride;
+    const Element* first =
+        documents + (p.candidates ? query * p.document_query_stride : 0) + document * p.document_stride;
     return {first, number * p.document_length, int(p.document_length)};
 }
 
@@ -61,7 +63,8 @@ struct TokenList {
     JMLR_BOTH int64_t count() const { return outer_count * inner_count * length; }
     JMLR_DEVICE const Element* row(int64_t number) const {
         int64_t list = number / length, outer = list / inner_count;
-        return first + outer * outer_stride + (list - outer * inner_count) * inner_stride + (number - list * length) * stride;
+        return first + outer * outer_stride + (list - outer * inner_count) * inner_stride +
+               (number - list * length) * stride;
     }
 };
 
@@ -75,8 +78,13 @@ template <class Element>
 TokenList<Element> document_tokens(const Problem& p) {
     const Element* first = static_cast<const Element*>(p.documents);
     if (p.cu_seqlens != nullptr) return {first, 1, 1, p.packed_tokens, 0, 0, p.document_token_stride};
-    return {first, p.candidates ? p.query_count : 1, p.documents_per_query, p.document_length,
-            p.document_query_stride, p.document_stride, p.document_token_stride};
+    return {first,
+            p.candidates ? p.query_count : 1,
+            p.documents_per_query,
+            p.document_length,
+            p.document_query_stride,
+            p.document_stride,
+            p.document_token_stride};
 }
 
 template <class Element>
@@ -105,7 +113,8 @@ struct alignas(kBytes) Word {
     uint32_t word[kBytes / 4];
 };
 
-// Columns `first` and on of a row of `columns`, zeros past its end. `whole`: `row + first` is aligned to the slice's size.
+// Columns `first` and on of a row of `columns`, zeros past its end. `whole`: `row + first` is aligned to the slice's
+// size.
 template <int kCount, class Element>
 JMLR_DEVICE Slice<kCount> load_slice(const Element* row, int first, int columns, bool whole) {
     constexpr int kBytes = kCount * int(sizeof(Element));

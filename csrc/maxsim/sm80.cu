@@ -9,7 +9,8 @@ int multiprocessors() {
 #if defined(__CUDACC__) && !defined(JMLR_HOST_BUILD)
     int device = 0, count = 0;
     tiles::check_cuda(cudaGetDevice(&device), "the current device");
-    tiles::check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "a device's multiprocessors");
+    tiles::check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+                      "a device's multiprocessors");
     return count;
 #else
     return 1;
@@ -18,7 +19,8 @@ int multiprocessors() {
 
 void find_kept_tokens(const Problem& p, int32_t* kept, int32_t* lengths, void* stream) {
     constexpr int kPerBlock = KeptTokens::kThreads / tiles::kWarp;
-    tiles::launch<KeptTokens>({p, p.document_count(), kept, lengths}, divided_up(p.document_count(), kPerBlock), 0, stream);
+    tiles::launch<KeptTokens>({p, p.document_count(), kept, lengths}, divided_up(p.document_count(), kPerBlock), 0,
+                              stream);
 }
 
 void sum_parts(const float* parts, float* sums, int64_t part_count, int64_t count, void* stream) {
@@ -45,9 +47,12 @@ int64_t forward_scratch_bytes(const Problem& p, const ForwardOutput& out, int pr
 
 void forward(const Problem& p, const ForwardOutput& out, void* scratch, int processors, void* stream) {
     switch (p.type) {
-        case Type::float32: return forward_float(p, out, scratch, processors, stream);
-        case Type::float16: return forward_half(p, out, scratch, processors, stream);
-        case Type::bfloat16: return forward_bfloat16(p, out, scratch, processors, stream);
+        case Type::float32:
+            return forward_float(p, out, scratch, processors, stream);
+        case Type::float16:
+            return forward_half(p, out, scratch, processors, stream);
+        case Type::bfloat16:
+            return forward_bfloat16(p, out, scratch, processors, stream);
     }
 }
 
@@ -58,9 +63,12 @@ int64_t backward_scratch_bytes(const Problem& p, const BackwardInput& in, int pr
 void backward(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
               void* stream) {
     switch (p.type) {
-        case Type::float32: return backward_float(p, in, out, scratch, processors, stream);
-        case Type::float16: return backward_half(p, in, out, scratch, processors, stream);
-        case Type::bfloat16: return backward_bfloat16(p, in, out, scratch, processors, stream);
+        case Type::float32:
+            return backward_float(p, in, out, scratch, processors, stream);
+        case Type::float16:
+            return backward_half(p, in, out, scratch, processors, stream);
+        case Type::bfloat16:
+            return backward_bfloat16(p, in, out, scratch, processors, stream);
     }
 }
 

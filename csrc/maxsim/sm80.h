@@ -21,10 +21,13 @@ void backward(const Problem&, const BackwardInput&, const BackwardOutput&, void*
 
 // One per element type, each in its own file.
 void forward_float(const Problem&, const ForwardOutput&, void* scratch, int processors, void* stream);
-void backward_float(const Problem&, const BackwardInput&, const BackwardOutput&, void* scratch, int processors, void* stream);
+void backward_float(const Problem&, const BackwardInput&, const BackwardOutput&, void* scratch, int processors,
+                    void* stream);
 void forward_half(const Problem&, const ForwardOutput&, void* scratch, int processors, void* stream);
-void backward_half(const Problem&, const BackwardInput&, const BackwardOutput&, void* scratch, int processors, void* stream);
+void backward_half(const Problem&, const BackwardInput&, const BackwardOutput&, void* scratch, int processors,
+                   void* stream);
 void forward_bfloat16(const Problem&, const ForwardOutput&, void* scratch, int processors, void* stream);
-void backward_bfloat16(const Problem&, const BackwardInput&, const BackwardOutput&, void* scratch, int processors, void* stream);
+void backward_bfloat16(const Problem&, const BackwardInput&, const BackwardOutput&, void* scratch, int processors,
+                       void* stream);
 
 }  // namespace jmlr::maxsim::sm80

@@ -8,8 +8,8 @@
 namespace jmlr::maxsim::sm80 {
 
 template <class Element, int kDimension>
-void launch_query_gradient(const Problem& p, const BackwardInput& in, const BackwardOutput& out, const BackwardPlan& plan,
-                           const int32_t* kept_lengths, float* parts, void* stream) {
+void launch_query_gradient(const Problem& p, const BackwardInput& in, const BackwardOutput& out,
+                           const BackwardPlan& plan, const int32_t* kept_lengths, float* parts, void* stream) {
     using Kernel = QueryGradient<Element, kDimension>;
     constexpr int kBytes = Kernel::kPerLane * int(sizeof(Element));
     typename Kernel::Params params{};
@@ -25,14 +25,15 @@ void launch_query_gradient(const Problem& p, const BackwardInput& in, const Back
     params.documents_per_split = plan.documents_per_split;
     bool fills = p.dimension % Kernel::kPerLane == 0;
     params.whole = fills && documents_aligned<Element>(p, kBytes);
-    params.whole_queries = fills && queries_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_queries, {}, kBytes);
+    params.whole_queries =
+        fills && queries_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_queries, {}, kBytes);
     int64_t warps = p.query_count * p.query_length * plan.chunks * plan.splits;
     tiles::launch<Kernel>(params, divided_up(warps, Kernel::kThreads / tiles::kWarp), 0, stream);
 }
 
 template <class Element, int kDimension>
-void launch_document_gradient(const Problem& p, const BackwardInput& in, const BackwardOutput& out, const BackwardPlan& plan,
-                              const int32_t* kept_lengths, float* wide, void* stream) {
+void launch_document_gradient(const Problem& p, const BackwardInput& in, const BackwardOutput& out,
+                              const BackwardPlan& plan, const int32_t* kept_lengths, float* wide, void* stream) {
     using Kernel = DocumentGradient<Element, kDimension>;
     constexpr int kBytes = Kernel::kPerLane * int(sizeof(Element));
     typename Kernel::Params params{};
@@ -46,7 +47,8 @@ void launch_document_gradient(const Problem& p, const BackwardInput& in, const B
     params.chunks = plan.chunks;
     bool fills = p.dimension % Kernel::kPerLane == 0;
     params.whole_queries = fills && queries_aligned<Element>(p, kBytes);
-    params.whole = fills && documents_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_documents, {}, kBytes);
+    params.whole =
+        fills && documents_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_documents, {}, kBytes);
     tiles::launch<Kernel>(params, p.document_count() * plan.token_tiles * plan.chunks, Kernel::kSharedBytes, stream);
 }
 
@@ -64,7 +66,8 @@ void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput
                  void* stream) {
     BackwardPlan plan = backward_plan(p, in, processors);
     if (p.query_count * p.query_length == 0 || p.documents_per_query == 0) {
-        throw std::runtime_error("maxsim backward without queries or documents has nothing to compute: its gradients are zero");
+        throw std::runtime_error(
+            "maxsim backward without queries or documents has nothing to compute: its gradients are zero");
     }
     constexpr int kBytes = FinishRows<Element>::kPerLane * int(sizeof(Element));
     int dimension = int(p.dimension);
@@ -77,10 +80,10 @@ void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput
     if (small) launch_query_gradient<Element, 64>(p, in, out, plan, kept_lengths, parts, stream);
     else launch_query_gradient<Element, 128>(p, in, out, plan, kept_lengths, parts, stream);
     if (parts != nullptr) {
-        finish_rows<Element>({parts, plan.splits, query_tokens<Element>(p), dimension, false, p.query_weights,
-                              p.query_weights_stride, p.query_weights_token_stride, in.query_scales,
-                              static_cast<Element*>(out.grad_queries), out.grad_weights},
-                             queries_aligned<Element>(p, kBytes), stream);
+        finish_rows<Element>(
+            {parts, plan.splits, query_tokens<Element>(p), dimension, false, p.query_weights, p.query_weights_stride,
+             p.query_weights_token_stride, in.query_scales, static_cast<Element*>(out.grad_queries), out.grad_weights},
+            queries_aligned<Element>(p, kBytes), stream);
     }
 
     if (small) launch_document_gradient<Element, 64>(p, in, out, plan, kept_lengths, wide, stream);

@@ -8,8 +8,8 @@ void forward_bfloat16(const Problem& p, const ForwardOutput& out, void* scratch,
     forward_of<tiles::BFloat16>(p, out, scratch, processors, stream);
 }
 
-void backward_bfloat16(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
-                   void* stream) {
+void backward_bfloat16(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch,
+                       int processors, void* stream) {
     backward_of<tiles::BFloat16>(p, in, out, scratch, processors, stream);
 }
 

@@ -17,7 +17,8 @@ inline bool multiples(int64_t unit, std::initializer_list<int64_t> strides) {
 // Whether every row starts at a multiple of `bytes`.
 template <class Element>
 bool rows_aligned(const void* first, std::initializer_list<int64_t> strides, int bytes) {
-    return reinterpret_cast<uintptr_t>(first) % uintptr_t(bytes) == 0 && multiples(bytes / int(sizeof(Element)), strides);
+    return reinterpret_cast<uintptr_t>(first) % uintptr_t(bytes) == 0 &&
+           multiples(bytes / int(sizeof(Element)), strides);
 }
 
 template <class Element>
@@ -27,7 +28,8 @@ bool queries_aligned(const Problem& p, int bytes) {
 
 template <class Element>
 bool documents_aligned(const Problem& p, int bytes) {
-    return rows_aligned<Element>(p.documents, {p.document_query_stride, p.document_stride, p.document_token_stride}, bytes);
+    return rows_aligned<Element>(p.documents, {p.document_query_stride, p.document_stride, p.document_token_stride},
+                                 bytes);
 }
 
 template <class T>

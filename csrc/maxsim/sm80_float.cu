@@ -9,7 +9,7 @@ void forward_float(const Problem& p, const ForwardOutput& out, void* scratch, in
 }
 
 void backward_float(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
-                   void* stream) {
+                    void* stream) {
     backward_of<float>(p, in, out, scratch, processors, stream);
 }
 

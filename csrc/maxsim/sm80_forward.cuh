@@ -52,17 +52,24 @@ void launch_forward(const Problem& p, const ForwardOutput& out, const ForwardPla
 template <class Element>
 void forward_of(const Problem& p, const ForwardOutput& out, void* scratch, int processors, void* stream) {
     ForwardPlan plan = forward_plan(p, out, processors);
-    if (out.query_scales != nullptr) all_norms<Element>(p, out, stream);
+    if (out.normalize) all_norms<Element>(p, out, stream);
     if (plan.row_tiles == 0) return;
     if (plan.kept >= 0) {
-        find_kept_tokens(p, scratch_array<int32_t>(scratch, plan.kept), scratch_array<int32_t>(scratch, plan.kept_lengths),
-                         stream);
+        find_kept_tokens(p, scratch_array<int32_t>(scratch, plan.kept),
+                         scratch_array<int32_t>(scratch, plan.kept_lengths), stream);
     }
     switch (plan.dimension_block) {
-        case 64: launch_forward<Element, 64>(p, out, plan, scratch, stream); break;
-        case 128: launch_forward<Element, 128>(p, out, plan, scratch, stream); break;
-        case 256: launch_forward<Element, 256>(p, out, plan, scratch, stream); break;
-        default: launch_forward<Element, kWalked>(p, out, plan, scratch, stream);
+        case 64:
+            launch_forward<Element, 64>(p, out, plan, scratch, stream);
+            break;
+        case 128:
+            launch_forward<Element, 128>(p, out, plan, scratch, stream);
+            break;
+        case 256:
+            launch_forward<Element, 256>(p, out, plan, scratch, stream);
+            break;
+        default:
+            launch_forward<Element, kWalked>(p, out, plan, scratch, stream);
     }
     if (plan.parts >= 0) {
         int64_t count = p.query_count * p.documents_per_query;

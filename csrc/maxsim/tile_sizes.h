@@ -1,4 +1,5 @@
-// Every tile size of the kernels for compute capability 8.0, in pure functions of the kernel, the element and the embedding.
+// Every tile size of the kernels for compute capability 8.0, in pure functions of the kernel, the element and the
+// embedding.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,8 @@ struct ForwardTiles {
     int resident;    // chunks of the query rows that stay in shared memory; 0: they are streamed like the documents
     bool registers;  // query rows are kept in registers
     int stages;
-    int min_blocks;  // of a multiprocessor
+    int min_blocks;       // of a multiprocessor
+    int depths_unrolled;  // steps of the tensor cores along the embedding that the compiler may mix
 
     constexpr int rows() const { return row_warps * row_tiles * 16; }
     constexpr int threads() const { return row_warps * token_warps * 32; }
@@ -37,10 +39,11 @@ constexpr ForwardTiles forward_tiles(int element_size, int dimension, bool few_r
     int chunk = !half || walked || dimension == 64 ? 64 : 128;
     int resident = walked ? 0 : dimension / chunk;
     bool registers = half && resident == 1;
-    if (few_rows) return {1, 4, 2, 64, chunk, resident, registers, registers ? 3 : 2, 2};
-    if (registers) return {4, 1, 2, 64, chunk, resident, true, 2, 2};
-    if (half) return {8, 1, 1, 64, chunk, resident, false, 2, 1};
-    return {4, 1, 1, 64, chunk, resident, false, 2, 1};
+    int unrolled = registers ? chunk / 16 : half ? 4 : 1;
+    if (few_rows) return {1, 4, 2, 64, chunk, resident, registers, registers ? 3 : 2, 2, unrolled};
+    if (registers) return {4, 1, 2, 64, chunk, resident, true, 2, 2, unrolled};
+    if (half) return {8, 1, 1, 64, chunk, resident, false, 2, 2, unrolled};
+    return {4, 1, 1, 64, chunk, resident, false, 2, 2, unrolled};
 }
 
 // Columns of the embedding that a warp of the backward kernels holds, a few in each lane; longer embeddings are cut.
@@ -48,8 +51,8 @@ constexpr int gradient_dimension(int64_t dimension) { return dimension <= 64 ? 6
 
 constexpr int kQueryGradientThreads = 256;
 
-// A tile of a document's tokens with its sums in shared memory, and query tokens looked through at a time. Two blocks fit
-// 163 kB.
+// A tile of a document's tokens with its sums in shared memory, and query tokens looked through at a time. Two blocks
+// fit 163 kB.
 struct DocumentGradientTiles {
     int warps, tokens, scan, min_blocks;
 };

@@ -137,8 +137,8 @@ struct Fragments<float> {
     }
 
 private:
-    // An infinite or NaN number has no lower part, and its upper part meets no lower one (`finite` is zero then): neither
-    // infinity minus infinity nor infinity times zero may appear where the factors themselves have none.
+    // An infinite or NaN number has no lower part, and its upper part meets no lower one (`finite` is zero then):
+    // neither infinity minus infinity nor infinity times zero may appear where the factors themselves have none.
     static JMLR_DEVICE void split(float x, uint32_t& high, uint32_t& low, uint32_t& finite) {
         high = to_tf32(x);
         bool infinite = (high & 0x7f800000u) == 0x7f800000u;

@@ -122,8 +122,8 @@ struct Products {
     float c[4];
 };
 
-// Tensor cores add exact products and cut the sum once (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021),
-// so errors of long sums do not cancel: the host must not be more exact than that.
+// Tensor cores add exact products and cut the sum once (Fasi et al., "Numerical behavior of NVIDIA tensor cores",
+// 2021), so errors of long sums do not cancel: the host must not be more exact than that.
 inline float toward_zero(double x) {
     float rounded = float(x);
     return std::fabs(double(rounded)) > std::fabs(x) ? std::nextafter(rounded, 0.0f) : rounded;

@@ -59,7 +59,7 @@ def forward(
         "query_scales": scales[0] if normalize else None,
         "document_scales": scales[1] if normalize else None,
     }
-    load().maxsim_forward({**problem, "per_token": per_token}, outputs, code.none, code.marked, processors, seed)
+    load().maxsim_forward({**problem, "per_token": per_token, "normalize": normalize}, outputs, code.none, code.marked, processors, seed)
     return scores, winners, *scales
 
 

@@ -13,7 +13,9 @@ Type type_of(const TensorArgument& tensor) {
 }
 
 WinnerCode code_of(const TensorArgument& winners, int none, bool marked) {
-    WinnerType type = winners.dtype == "uint8" ? WinnerType::uint8 : winners.dtype == "uint16" ? WinnerType::uint16 : WinnerType::int32;
+    WinnerType type = winners.dtype == "uint8"    ? WinnerType::uint8
+                      : winners.dtype == "uint16" ? WinnerType::uint16
+                                                  : WinnerType::int32;
     return {type, none, marked};
 }
 
@@ -73,7 +75,8 @@ struct ScratchMemory {
     std::vector<uint64_t> words;
 };
 
-void forward_call(const py::dict& arguments, const py::dict& outputs, int none, bool marked, int processors, uint64_t seed) {
+void forward_call(const py::dict& arguments, const py::dict& outputs, int none, bool marked, int processors,
+                  uint64_t seed) {
     Tensors tensors(seed);
     Problem p = problem_of(tensors, arguments);
     auto get = [&](const char* name) { return tensors.output(outputs[name], name); };
@@ -84,6 +87,7 @@ void forward_call(const py::dict& arguments, const py::dict& outputs, int none, 
     out.per_token = arguments["per_token"].cast<bool>();
     out.winners = winners.data;
     if (winners.data != nullptr) out.code = code_of(winners, none, marked);
+    out.normalize = arguments["normalize"].cast<bool>();
     out.query_scales = query_scales.as<float>();
     out.document_scales = document_scales.as<float>();
     ScratchMemory scratch(sm80::forward_scratch_bytes(p, out, processors));
