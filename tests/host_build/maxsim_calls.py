@@ -50,16 +50,16 @@ def forward(
     winners = poisoned(sizes.winners_shape if need_winners else (0,), code.dtype)
     if queries.numel() == 0 or sizes.documents_per_query == 0:
         return scores.zero_(), winners, *(scale.zero_() for scale in scales)
-    problem = _problem(
-        queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length
-    )
+    problem = _problem(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length)
     outputs = {
         "scores": scores,
         "winners": winners if need_winners else None,
         "query_scales": scales[0] if normalize else None,
         "document_scales": scales[1] if normalize else None,
     }
-    load().maxsim_forward({**problem, "per_token": per_token, "normalize": normalize}, outputs, code.none, code.marked, processors, seed)
+    load().maxsim_forward(
+        {**problem, "per_token": per_token, "normalize": normalize}, outputs, code.none, code.marked, processors, seed
+    )
     return scores, winners, *scales
 
 
@@ -83,9 +83,7 @@ def backward(
     if winners.numel() == 0:
         return grads[0].zero_(), grads[1].zero_(), grad_weights.zero_()
     inputs = [tensor for tensor in unpack(rule, rule_tensors) if tensor is not None]
-    problem = _problem(
-        queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length
-    )
+    problem = _problem(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length)
     given = {
         "rule": rule,
         **dict(zip(ROLES[rule], inputs, strict=False)),
@@ -99,9 +97,7 @@ def backward(
         "grad_weights": None if query_weights is None else grad_weights,
     }
     load().maxsim_backward(problem, given, outputs, code.none, code.marked, processors, seed)
-    if query_weights is not None:
-        grad_weights = grad_weights.to(query_weights.dtype)
-    return *grads, grad_weights
+    return *grads, grad_weights.to(queries.dtype if query_weights is None else query_weights.dtype)
 
 
 _IMPLEMENTATIONS = {
@@ -120,5 +116,7 @@ def in_place_of_triton(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(ops, "_load", replaced)
-        patch.setattr(ops, "_why_not", lambda backend, *rest: None if backend == "triton" else original_why(backend, *rest))
+        patch.setattr(
+            ops, "_why_not", lambda backend, *rest: None if backend == "triton" else original_why(backend, *rest)
+        )
         yield
