@@ -1,9 +1,11 @@
-"""MaxSim's operations on the emulated CUDA kernels: the arguments and results of ``jmlr_kernels/ops.py``'s table, on CPU
-tensors. Every output is filled with NaN (or an integer's highest value) first, so that what no kernel writes shows."""
+"""MaxSim's operations on the emulated CUDA kernels: arguments and results as in ``jmlr_kernels/ops.py``, on CPU tensors.
+
+Every output is filled with NaN (or an integer's highest value) first, so that what no kernel writes shows."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from jmlr_kernels.maxsim.triton_forward import unit_stride
 # How blocks and warps take their turns, and how many multiprocessors work is divided for.
 seed = 0
 processors = 2
+# Another build of the kernels than load() gives, for seeded bugs.
+kernels: ModuleType | None = None
 
 
 def poisoned(shape, dtype):
@@ -57,7 +61,7 @@ def forward(
         "query_scales": scales[0] if normalize else None,
         "document_scales": scales[1] if normalize else None,
     }
-    load().maxsim_forward(
+    (kernels or load()).maxsim_forward(
         {**problem, "per_token": per_token, "normalize": normalize}, outputs, code.none, code.marked, processors, seed
     )
     return scores, winners, *scales
@@ -96,7 +100,7 @@ def backward(
         "grad_documents": grads[1],
         "grad_weights": None if query_weights is None else grad_weights,
     }
-    load().maxsim_backward(problem, given, outputs, code.none, code.marked, processors, seed)
+    (kernels or load()).maxsim_backward(problem, given, outputs, code.none, code.marked, processors, seed)
     return *grads, grad_weights.to(queries.dtype if query_weights is None else query_weights.dtype)
 
 

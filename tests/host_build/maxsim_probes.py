@@ -1,7 +1,7 @@
 """Small MaxSim problems that together reach every line of the CUDA kernels; each probe asserts one of them.
 
-``test_maxsim_host.py`` runs them on the kernels, ``mutations_maxsim.py`` on kernels with a seeded bug, which one of them
-must find. All are called within ``maxsim_calls.in_place_of_triton``.
+``test_maxsim_host.py`` runs them on the kernels, ``mutations_maxsim.py`` on kernels with a seeded bug, which one of
+them must find. All are called within ``maxsim_calls.in_place_of_triton``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def close(dtype: torch.dtype, case: Case) -> None:
 
 
 def shape(name: str, dtype: torch.dtype, masked: bool, seed: int = 0) -> None:
-    """Whatever the masks; with them, weights too. A normalised embedding of float16 needs a float32 scale to compare."""
+    """One of SHAPES; with masks, weights too."""
     case = make_case(masked=masked, weighted=masked, seed=seed, **SHAPES[name])  # type: ignore[arg-type]
     close(dtype, case.to(dtype))
 

@@ -1,4 +1,4 @@
-"""MaxSim's CUDA kernels on the emulated block: every way through them, in every dtype, against the float64 definition."""
+"""MaxSim's CUDA kernels on the emulated block: every way through them, every dtype, against the float64 definition."""
 
 from __future__ import annotations
 
