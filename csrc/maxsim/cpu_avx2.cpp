@@ -2,8 +2,6 @@
 
 #include "cpu_kernels.h"
 
-#if defined(__x86_64__)
-
 #include <immintrin.h>
 
 namespace jmlr::maxsim::cpu {
@@ -72,19 +70,11 @@ struct Avx2 {
 
 }  // namespace
 
-const Instructions* avx2_instructions() {
+const Instructions& avx2_instructions() {
     static const Instructions set = {"avx2",  Avx2::lanes,        maxima<Avx2, FloatProduct<Avx2>>,
                                      nullptr, weighted_sum<Avx2>, dot<Avx2>,
                                      widen<Avx2>, narrow<Avx2>};
-    return &set;
+    return set;
 }
 
 }  // namespace jmlr::maxsim::cpu
-
-#else
-
-namespace jmlr::maxsim::cpu {
-const Instructions* avx2_instructions() { return nullptr; }
-}  // namespace jmlr::maxsim::cpu
-
-#endif

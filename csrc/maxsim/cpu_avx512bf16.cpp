@@ -3,8 +3,6 @@
 // The product is exact in float32; the instruction adds the pair's two products and then the sum so far with a rounding
 // to nearest each, and takes subnormal numbers for zero.
 
-#if defined(__x86_64__)
-
 #include "cpu_vector512.h"
 
 namespace jmlr::maxsim::cpu {
@@ -18,7 +16,7 @@ struct PairProduct {
 
 }  // namespace
 
-const Instructions* avx512bf16_instructions() {
+const Instructions& avx512bf16_instructions() {
     static const Instructions set = {"avx512bf16",
                                      Avx512::lanes,
                                      maxima<Avx512, FloatProduct<Avx512>>,
@@ -27,17 +25,7 @@ const Instructions* avx512bf16_instructions() {
                                      dot<Avx512>,
                                      widen<Avx512>,
                                      narrow<Avx512>};
-    return &set;
+    return set;
 }
 
 }  // namespace jmlr::maxsim::cpu
-
-#else
-
-#include "cpu_instructions.h"
-
-namespace jmlr::maxsim::cpu {
-const Instructions* avx512bf16_instructions() { return nullptr; }
-}  // namespace jmlr::maxsim::cpu
-
-#endif

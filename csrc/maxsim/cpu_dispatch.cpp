@@ -9,41 +9,35 @@
 namespace jmlr::maxsim::cpu {
 namespace {
 
-#if defined(__x86_64__)
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-#else
-bool has_avx2() { return false; }
-bool has_avx512() { return false; }
-bool has_avx512bf16() { return false; }
-#endif
+struct Choice {
+    const char* name;
+    const Instructions& (*set)();
+    bool runs;
+};
 
 const Instructions& choose() {
-    struct Choice {
-        const char* name;
-        const Instructions* (*set)();
-        bool runs;
-    };
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     const Choice choices[] = {  // the best first
-        {"avx512bf16", avx512bf16_instructions, has_avx512bf16()},
-        {"avx512", avx512_instructions, has_avx512()},
-        {"avx2", avx2_instructions, has_avx2()},
+        {"avx512bf16", avx512bf16_instructions, avx512bf16},
+        {"avx512", avx512_instructions, avx512},
+        {"avx2", avx2_instructions, avx2},
         {"portable", portable_instructions, true},
     };
+#else
+    const Choice choices[] = {{"portable", portable_instructions, true}};
+#endif
     const char* asked = std::getenv("JMLR_CPU_ISA");
     const bool any = asked == nullptr || *asked == '\0';
     for (const Choice& choice : choices) {
         const bool named = !any && std::string(asked) == choice.name;
-        if (named && !(choice.runs && choice.set() != nullptr)) {
+        if (named && !choice.runs) {
             throw std::runtime_error(std::string("JMLR_CPU_ISA=") + asked + ": this processor has no such instructions");
         }
-        if (named || (any && choice.runs && choice.set() != nullptr)) return *choice.set();
+        if (named || (any && choice.runs)) return choice.set();
     }
     throw std::runtime_error(std::string("JMLR_CPU_ISA=") + asked + ": choose portable, avx2, avx512 or avx512bf16");
 }

@@ -53,7 +53,7 @@ public:
         : p(problem), out(output), threads(threads), set(instructions()) {
         pairs = p.type == Type::bfloat16 && set.maxima_of_pairs != nullptr;
         widened = p.type != Type::float32 && !pairs;
-        normalize = out.query_scales != nullptr;
+        normalize = out.normalize;
         steps = pairs ? (p.dimension + 1) / 2 : p.dimension;
         longest = longest_document(p);
     }
@@ -281,6 +281,7 @@ private:
                 task.panel = panels.get() + group.panel_offset + row * steps;
                 task.best = worker.best.get() + row;
                 task.winners = out.winners ? worker.winners.get() + row : nullptr;
+                task.prefetch_rows = row == 0 ? 2 * chunk_step : chunk_step;  // from memory once, then from a cache
                 pairs ? set.maxima_of_pairs(task) : set.maxima(task);
             }
         }
@@ -383,7 +384,7 @@ void fill_winners(const ForwardOutput& output, int64_t count) {
 void write_nothing(const Problem& p, const ForwardOutput& output) {
     const int64_t pairs = p.query_count * p.documents_per_query;
     std::fill_n(output.scores, pairs * (output.per_token ? p.query_length : 1), 0.0f);
-    if (output.query_scales) {
+    if (output.normalize) {
         const int64_t tokens = p.packed() ? p.packed_tokens : p.document_count() * p.document_length;
         std::fill_n(output.query_scales, p.query_count * p.query_length, 1.0f / norm_floor);
         std::fill_n(output.document_scales, tokens, 1.0f / norm_floor);
@@ -404,7 +405,7 @@ void forward(const Problem& problem, const ForwardOutput& output, const Threads&
         problem.documents_per_query == 0 || tokens == 0) {
         return write_nothing(problem, output);
     }
-    if (output.document_scales && problem.packed()) {  // tokens before the first document and behind the last
+    if (output.normalize && problem.packed()) {  // tokens before the first document and behind the last
         const int64_t first = problem.cu_seqlens[0], last = problem.cu_seqlens[problem.document_count()];
         std::fill_n(output.document_scales, first, 0.0f);
         std::fill_n(output.document_scales + last, problem.packed_tokens - last, 0.0f);

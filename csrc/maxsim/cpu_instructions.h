@@ -27,6 +27,7 @@ struct PanelTask {
     int64_t row_bytes = 0;
     const char* const* rows = nullptr;  // or rows[k], where excluded tokens lie between
     int64_t tokens = 0;                 // at least 1
+    int64_t prefetch_rows = 0;          // how far ahead of their products document rows are asked for
     const float* scales = nullptr;      // null, or one factor for each token's similarities
     float* best = nullptr;              // [vectors * lanes] maxima so far, updated
     int32_t* winners = nullptr;         // the same of their positions; null: not asked for
@@ -47,11 +48,11 @@ struct Instructions {
     void (*narrow)(Type type, const float* from, int64_t dimension, void* to);  // to the nearest, ties to even
 };
 
-// Null where the library was compiled for another architecture.
-const Instructions* portable_instructions();
-const Instructions* avx2_instructions();
-const Instructions* avx512_instructions();
-const Instructions* avx512bf16_instructions();
+const Instructions& portable_instructions();
+// On x86-64 only.
+const Instructions& avx2_instructions();
+const Instructions& avx512_instructions();
+const Instructions& avx512bf16_instructions();
 
 // The best set that this processor runs, no better than the environment variable JMLR_CPU_ISA (portable, avx2, avx512,
 // avx512bf16) says; read once. Throws std::runtime_error where the variable names no set, or one that cannot run.

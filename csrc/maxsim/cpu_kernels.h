@@ -64,8 +64,8 @@ JMLR_INLINE void tile(const PanelTask& task, int64_t first) {
     };
     const auto whole = [](const char* at) JMLR_FLATTEN { return V::broadcast(at); };
     const int64_t whole_steps = task.steps - (task.half_step ? 1 : 0);
-    // Rows come from memory two tiles ahead of their products. A prefetch may name any address.
-    const uintptr_t ahead = static_cast<uintptr_t>(task.row_bytes) * (2 * tokens);
+    // A prefetch may name any address.
+    const uintptr_t ahead = static_cast<uintptr_t>(task.row_bytes) * static_cast<uintptr_t>(task.prefetch_rows);
     constexpr int64_t steps_of_line = cache_line / 4;
     int64_t s = 0;
     for (; s + steps_of_line <= whole_steps; s += steps_of_line) {

@@ -108,11 +108,11 @@ struct Portable {
 
 }  // namespace
 
-const Instructions* portable_instructions() {
+const Instructions& portable_instructions() {
     static const Instructions set = {"portable",   Portable::lanes, maxima<Portable, FloatProduct<Portable>>,
                                      nullptr,      weighted_sum<Portable>, dot<Portable>,
                                      widen<Portable>, narrow<Portable>};
-    return &set;
+    return set;
 }
 
 }  // namespace jmlr::maxsim::cpu

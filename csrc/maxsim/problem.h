@@ -74,7 +74,8 @@ struct ForwardOutput {
     bool per_token = false;            // the maxima themselves, times their weights
     void* winners = nullptr;           // [Nq, N, Lq], positions within the document
     WinnerCode code;
-    float* query_scales = nullptr;     // [Nq, Lq] inverse norms; not null: normalise both sides
+    bool normalize = false;
+    float* query_scales = nullptr;     // [Nq, Lq] inverse norms of both sides, where they are normalised
     float* document_scales = nullptr;  // as documents less D
 };
 
