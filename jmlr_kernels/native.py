@@ -105,7 +105,7 @@ def why_not(operations: tuple[str, ...], backend: str, device: torch.device, dty
 def _gpu_problem(found: Library, device: torch.device) -> str | None:
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is not built for NVIDIA GPUs"
-    driver = torch._C._cuda_getDriverVersion()
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # builds with CUDA have it
     if driver // 1000 < int(found.cuda_version.split(".")[0]):
         return (
             f"the native library is built with CUDA {found.cuda_version}, and the driver supports CUDA"

@@ -97,7 +97,7 @@ def check(
     return longest
 
 
-def _check_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
+def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
     if mask is None:
         return
     if mask.dtype != torch.bool:
