@@ -88,7 +88,15 @@ def test_jobs_follow_the_switch_and_the_machine() -> None:
 
 
 def test_names_of_files_say_how_they_are_compiled(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a.cpp", "a_avx2.cpp", "a_avx512.cpp", "a_avx512bf16.cpp", "torch_cuda.cpp", "sm80.cu", "sm90.cu"):
+    for name in (
+        "a.cpp",
+        "a_avx2.cpp",
+        "a_avx512.cpp",
+        "a_avx512bf16.cpp",
+        "torch_cuda.cpp",
+        "sm80.cu",
+        "sm90_half.cu",
+    ):
         (sources / name).write_text("")
     found = build_library.Plan(torch=Path("/torch"), compiler="g++")
     commands = {source.name: command for source, _, command in build_library.compile_steps(found, sources)}
@@ -105,7 +113,7 @@ def test_names_of_files_say_how_they_are_compiled(sources: Path, monkeypatch: py
     targets = [flag for flag in commands["sm80.cu"] if flag.startswith("arch=")]
     ptx = "arch=compute_80,code=compute_80"
     assert targets == ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", ptx]
-    assert [flag for flag in commands["sm90.cu"] if flag.startswith("arch=")] == ["arch=compute_90a,code=sm_90a"]
+    assert [flag for flag in commands["sm90_half.cu"] if flag.startswith("arch=")] == ["arch=compute_90a,code=sm_90a"]
 
 
 @pytest.mark.parametrize("ninja", [True, False])
