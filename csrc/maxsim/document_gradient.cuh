@@ -118,7 +118,6 @@ struct DocumentGradient {
             if (hit) own.write(found + tiles::count_bits(hits & lanes_before()), note_of(place, token, 0));
             found += tiles::count_bits(hits);
         }
-        tiles::sync_warp();
         return found;
     }
 
@@ -127,7 +126,7 @@ struct DocumentGradient {
         tiles::Shared<uint32_t> own = notes(tiles::warp());
         tiles::Shared<int> own_counts = counts(tiles::warp());
         for (int token = tiles::lane(); token < kTokens; token += tiles::kWarp) own_counts.write(token, 0);
-        tiles::sync_warp();
+        tiles::sync_warp();  // of the notes too
         for (int first = 0; first < found; first += tiles::kWarp) {
             bool inside = first + tiles::lane() < found;
             uint32_t note = inside ? own.read(first + tiles::lane()) : 0;

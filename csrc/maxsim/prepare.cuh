@@ -92,24 +92,28 @@ struct SumParts {
     }
 };
 
-// Tokens of a packed list that no document covers have gradient zero.
+// Zeros everywhere, or in the tokens of a packed list that no document covers.
 template <class Out>
-struct ZeroUncovered {
+struct Zeros {
     static constexpr int kThreads = 256;
     static constexpr int kMinBlocks = 1;
 
     struct Params {
-        const int32_t* cu_seqlens;
-        int64_t documents, tokens, dimension;
-        Out* out;  // [tokens, dimension]
+        Out* out;
+        int64_t count;
+        const int32_t* cu_seqlens;  // null: everything is zero
+        int64_t documents, dimension;
     };
 
     static JMLR_DEVICE void run(const Params& p) {
-        int64_t before = tiles::load(p.cu_seqlens) * p.dimension,
-                from = tiles::load(p.cu_seqlens + p.documents) * p.dimension;
+        int64_t before = p.count, from = p.count;
+        if (p.cu_seqlens != nullptr) {
+            before = tiles::load(p.cu_seqlens) * p.dimension;
+            from = tiles::load(p.cu_seqlens + p.documents) * p.dimension;
+        }
         int64_t own = tiles::block_index() * kThreads + tiles::thread_index(), step = tiles::block_count() * kThreads;
         for (int64_t i = own; i < before; i += step) tiles::store(p.out + i, Out{});
-        for (int64_t i = from + own; i < p.tokens * p.dimension; i += step) tiles::store(p.out + i, Out{});
+        for (int64_t i = from + own; i < p.count; i += step) tiles::store(p.out + i, Out{});
     }
 };
 

@@ -28,17 +28,24 @@ void sum_parts(const float* parts, float* sums, int64_t part_count, int64_t coun
 }
 
 template <class Out>
-static void zero_uncovered_as(const Problem& p, void* out, void* stream) {
-    using Kernel = ZeroUncovered<Out>;
+static void launch_zeros(typename Zeros<Out>::Params params, void* stream) {
     constexpr int64_t kMostBlocks = 1024;
-    int64_t blocks = divided_up(p.packed_tokens * p.dimension, Kernel::kThreads);
-    tiles::launch<Kernel>({p.cu_seqlens, p.document_count(), p.packed_tokens, p.dimension, static_cast<Out*>(out)},
-                          blocks < kMostBlocks ? blocks : kMostBlocks, 0, stream);
+    int64_t blocks = divided_up(params.count, Zeros<Out>::kThreads);
+    tiles::launch<Zeros<Out>>(params, blocks < kMostBlocks ? blocks : kMostBlocks, 0, stream);
+}
+
+void zero(void* out, int64_t count, int element_size, void* stream) {
+    if (element_size == 2) launch_zeros<uint16_t>({static_cast<uint16_t*>(out), count, nullptr, 0, 0}, stream);
+    else launch_zeros<uint32_t>({static_cast<uint32_t*>(out), count, nullptr, 0, 0}, stream);
 }
 
 void zero_uncovered(const Problem& p, void* out, int element_size, void* stream) {
-    if (element_size == 2) zero_uncovered_as<uint16_t>(p, out, stream);
-    else zero_uncovered_as<uint32_t>(p, out, stream);
+    int64_t count = p.packed_tokens * p.dimension, documents = p.document_count();
+    if (element_size == 2) {
+        launch_zeros<uint16_t>({static_cast<uint16_t*>(out), count, p.cu_seqlens, documents, p.dimension}, stream);
+    } else {
+        launch_zeros<uint32_t>({static_cast<uint32_t*>(out), count, p.cu_seqlens, documents, p.dimension}, stream);
+    }
 }
 
 int64_t forward_scratch_bytes(const Problem& p, const ForwardOutput& out, int processors) {

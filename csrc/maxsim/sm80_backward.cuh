@@ -65,9 +65,12 @@ template <class Element>
 void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
                  void* stream) {
     BackwardPlan plan = backward_plan(p, in, processors);
-    if (p.query_count * p.query_length == 0 || p.documents_per_query == 0) {
-        throw std::runtime_error(
-            "maxsim backward without queries or documents has nothing to compute: its gradients are zero");
+    int64_t rows = p.query_count * p.query_length;
+    if (rows == 0 || p.documents_per_query == 0) {
+        zero(out.grad_queries, rows * p.dimension, int(sizeof(Element)), stream);
+        zero(out.grad_documents, document_token_count(p) * p.dimension, int(sizeof(Element)), stream);
+        if (out.grad_weights != nullptr) zero(out.grad_weights, rows, 4, stream);
+        return;
     }
     constexpr int kBytes = FinishRows<Element>::kPerLane * int(sizeof(Element));
     int dimension = int(p.dimension);

@@ -40,6 +40,7 @@ T* scratch_array(void* scratch, int64_t at) {
 // Launches that no element type matters to, compiled once (sm80.cu).
 void find_kept_tokens(const Problem&, int32_t* kept, int32_t* lengths, void* stream);
 void sum_parts(const float* parts, float* sums, int64_t part_count, int64_t count, void* stream);
+void zero(void* out, int64_t count, int element_size, void* stream);
 void zero_uncovered(const Problem&, void* out, int element_size, void* stream);
 
 }  // namespace jmlr::maxsim::sm80

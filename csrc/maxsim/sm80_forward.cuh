@@ -53,7 +53,10 @@ template <class Element>
 void forward_of(const Problem& p, const ForwardOutput& out, void* scratch, int processors, void* stream) {
     ForwardPlan plan = forward_plan(p, out, processors);
     if (out.normalize) all_norms<Element>(p, out, stream);
-    if (plan.row_tiles == 0) return;
+    if (plan.row_tiles == 0) {
+        if (!out.per_token) zero(out.scores, p.query_count * p.documents_per_query, 4, stream);
+        return;
+    }
     if (plan.kept >= 0) {
         find_kept_tokens(p, scratch_array<int32_t>(scratch, plan.kept),
                          scratch_array<int32_t>(scratch, plan.kept_lengths), stream);

@@ -23,10 +23,16 @@ def sources() -> list[Path]:
     return sorted(HERE.glob("*.cpp"))
 
 
-def build(directory: Path, sanitize: bool = False, here: Path = HERE, chosen: list[Path] | None = None) -> Path:
+def build(
+    directory: Path,
+    sanitize: bool = False,
+    here: Path = HERE,
+    chosen: list[Path] | None = None,
+    extra: tuple[str, ...] = (),
+) -> Path:
     """The module's path in `directory`; raises RuntimeError with the compiler's words where it does not compile.
 
-    `here` is this folder or a copy of it, `chosen` the sources where not all are built.
+    `here` is this folder or a copy of it, `chosen` the sources where not all are built, `extra` flags that come last.
     """
     import pybind11
 
@@ -34,6 +40,7 @@ def build(directory: Path, sanitize: bool = False, here: Path = HERE, chosen: li
     flags = [*FLAGS, f"-I{here}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     if sanitize:
         flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    flags += extra
     compiler = os.environ.get("CXX", "g++")
     target = directory / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     objects = []

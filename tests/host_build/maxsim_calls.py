@@ -1,4 +1,4 @@
-"""MaxSim's operations on the emulated CUDA kernels: arguments and results as in ``jmlr_kernels/ops.py``, on CPU tensors.
+"""MaxSim's operations on the emulated CUDA kernels: arguments and results of ``jmlr_kernels/ops.py``, CPU tensors.
 
 Every output is filled with NaN (or an integer's highest value) first, so that what no kernel writes shows."""
 
@@ -52,8 +52,6 @@ def forward(
     scales = [poisoned(side.shape[:-1] if normalize else (0,), torch.float32) for side in (queries, documents)]
     scores = poisoned(sizes.winners_shape if per_token else sizes.winners_shape[:2], torch.float32)
     winners = poisoned(sizes.winners_shape if need_winners else (0,), code.dtype)
-    if queries.numel() == 0 or sizes.documents_per_query == 0:
-        return scores.zero_(), winners, *(scale.zero_() for scale in scales)
     problem = _problem(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length)
     outputs = {
         "scores": scores,
@@ -84,8 +82,6 @@ def backward(
     code = winner_code(documents, cu_seqlens, max_length)
     grads = poisoned(queries.shape, queries.dtype), poisoned(documents.shape, documents.dtype)
     grad_weights = poisoned((0,) if query_weights is None else query_weights.shape, torch.float32)
-    if winners.numel() == 0:
-        return grads[0].zero_(), grads[1].zero_(), grad_weights.zero_()
     inputs = [tensor for tensor in unpack(rule, rule_tensors) if tensor is not None]
     problem = _problem(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length)
     given = {

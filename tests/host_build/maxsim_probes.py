@@ -60,6 +60,14 @@ def scans_of_winners(dtype: torch.dtype) -> None:
     close(dtype, case.to(dtype))
 
 
+def longer_than_the_mean(dtype: torch.dtype) -> None:
+    """One packed document holds nearly all tokens: few blocks share it, and each takes several of its tiles."""
+    case = make_case(packed=True, documents=3, document_length=300, dimension=100, normalize=True, seed=5)
+    tokens = case.documents.shape[0]
+    case.options["cu_seqlens"] = torch.tensor([0, 1, tokens - 1, tokens], dtype=torch.int32)
+    close(dtype, case.to(dtype))
+
+
 def unmarked_winners(dtype: torch.dtype) -> None:
     """256 tokens: every byte is a position, and who has no winner follows from the masks."""
     case = make_case(query_count=2, documents=3, query_length=3, document_length=256, dimension=16, masked=True)
@@ -125,6 +133,23 @@ def empty_sides(dtype: torch.dtype) -> None:
     mask = torch.tensor([[True] * 3, [False] * 3])
     scores = maxsim(queries, documents, cu_seqlens=offsets, query_mask=mask, backend="triton")
     assert (scores[1] == 0).all() and (scores[0, [1, 3]] != 0).all()
+
+
+def nothing_to_score(dtype: torch.dtype) -> None:
+    """No queries, no tokens in them, no documents, none in them: zeros in every output that has elements."""
+    for queries, documents in (
+        ((0, 3, 4), (2, 5, 4)),
+        ((2, 0, 4), (3, 5, 4)),
+        ((2, 3, 4), (0, 5, 4)),
+        ((2, 3, 4), (3, 0, 4)),
+    ):
+        sides = [torch.randn(size).to(dtype).requires_grad_() for size in (queries, documents)]
+        weights = torch.randn(queries[:2], requires_grad=True)
+        for normalize in (False, True):
+            scores, winners = maxsim(*sides, query_weights=weights, normalize=normalize, return_alignment=True,
+                                     backend="triton")  # fmt: skip
+            assert (scores == 0).all() and (winners == -1).all()
+            assert all((grad == 0).all() for grad in torch.autograd.grad(scores.sum(), (*sides, weights)))
 
 
 def per_token(dtype: torch.dtype) -> None:
@@ -211,7 +236,17 @@ def turns(dtype: torch.dtype) -> None:
 PROBES: dict[str, Callable[[torch.dtype], None]] = {
     function.__name__: function
     for function in (
-        scans_of_winners, unmarked_winners, ties, not_a_number, excluded_anything, empty_sides, per_token,
-        gaps_and_splits, uncovered_tokens, turns,
+        scans_of_winners,
+        longer_than_the_mean,
+        unmarked_winners,
+        ties,
+        not_a_number,
+        excluded_anything,
+        empty_sides,
+        nothing_to_score,
+        per_token,
+        gaps_and_splits,
+        uncovered_tokens,
+        turns,
     )
-}  # fmt: skip
+}

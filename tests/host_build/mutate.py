@@ -1,7 +1,8 @@
 """Seeded bugs: a family's kernels, changed in one place and built anew, which the family's probes must notice.
 
-A kernel has no switches for faults. A `Mutation` names a text in a source file and what stands there instead; a `Workshop`
-copies ``csrc/`` and this folder, applies one mutation at a time, rebuilds what depends on it and loads the result.
+A kernel has no switches for faults. A `Mutation` names a text in a source file and what stands there instead; a
+`Workshop` copies ``csrc/`` and this folder, applies one mutation at a time, rebuilds what depends on it and loads the
+result.
 """
 
 from __future__ import annotations
@@ -17,25 +18,40 @@ from build import HERE, NAME, ROOT, build
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old`, which stands in `file` (below ``csrc/``) exactly `times`, becomes `new`."""
+    """`old`, which stands in `file` (below ``csrc/``) once, becomes `new`."""
 
     name: str
     file: str
     old: str
     new: str
-    times: int = 1
 
     def applied(self, text: str) -> str:
-        found = text.count(self.old)
-        if found != self.times:
-            raise ValueError(
-                f"mutation {self.name}: {self.old!r} stands {found} times in {self.file}, not {self.times}"
-            )
+        if text.count(self.old) != 1:
+            raise ValueError(f"mutation {self.name}: {self.old!r} stands {text.count(self.old)} times in {self.file}")
         return text.replace(self.old, self.new)
 
 
+def read_mutations(path: Path) -> list[Mutation]:
+    """Mutations of a text: ``[name] file``, then lines of the old text after ``- `` and of the new one after ``+ ``."""
+    found: list[Mutation] = []
+    old: list[str] = []
+    new: list[str] = []
+    heading = ""
+    for line in [*path.read_text(encoding="utf-8").splitlines(), "[]"]:
+        if line.startswith("["):
+            if heading:
+                name, _, file = heading.removeprefix("[").partition("] ")
+                found.append(Mutation(name, file, "\n".join(old), "\n".join(new)))
+            heading, old, new = line, [], []
+        elif line[:2] in ("- ", "+ "):
+            (old if line[0] == "-" else new).append(line[2:])
+        elif line and not line.startswith("#"):
+            raise ValueError(f"{path.name}: {line!r} is no heading, no old and no new line")
+    return found
+
+
 class Workshop:
-    """A copy of the sources in `directory`, of which `sources` (files of this folder) and `extra` (name: text) are built."""
+    """A copy of the sources in `directory`, of which `sources` (of this folder) and `extra` (name: text) are built."""
 
     def __init__(self, directory: Path, sources: list[str], extra: dict[str, str]) -> None:
         self.csrc = directory / "csrc"
@@ -51,12 +67,12 @@ class Workshop:
     def module(self, mutation: Mutation | None = None) -> ModuleType:
         """The kernels with one mutation, or none. Raises RuntimeError where they do not compile."""
         if mutation is None:
-            return self._load(build(self.objects, here=self.here, chosen=self.sources))
+            return self._load(build(self.objects, here=self.here, chosen=self.sources, extra=("-O1",)))
         path = self.csrc / mutation.file
         original = path.read_text(encoding="utf-8")
         path.write_text(mutation.applied(original), encoding="utf-8")
         try:
-            return self._load(build(self.objects, here=self.here, chosen=self.sources))
+            return self._load(build(self.objects, here=self.here, chosen=self.sources, extra=("-O1",)))
         finally:
             path.write_text(original, encoding="utf-8")
 
