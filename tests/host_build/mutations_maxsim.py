@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -48,12 +49,14 @@ def noticed_by(module: ModuleType) -> str | None:
     import maxsim_probes
     import pytest
 
-    todo = {name: (lambda dtype, n=name, m=masked: maxsim_probes.shape(n, dtype, m))
-            for masked in (True, False) for name in maxsim_probes.SHAPES}  # fmt: skip
+    todo = dict(maxsim_probes.PROBES)
+    for masked in (True, False):
+        for name in maxsim_probes.SHAPES:
+            todo[f"{name}, masked={masked}"] = partial(maxsim_probes.shape, name, masked=masked)
     maxsim_calls.kernels = module
     try:
         with maxsim_calls.in_place_of_triton(pytest.MonkeyPatch()):
-            for name, probe in {**maxsim_probes.PROBES, **todo}.items():
+            for name, probe in todo.items():
                 try:
                     probe(DTYPE)
                 except (AssertionError, module.Violation) as error:
