@@ -51,17 +51,17 @@ def in_float64(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_values_and_gradients(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensors, group_size = inputs(shape, dtype), shape[2]
     exact = results(shifted_sparse_attention_reference, in_float64(tensors), group_size=group_size)
     low = results(shifted_sparse_attention_reference, tensors, group_size=group_size)
-    actual = results(jmlr_kernels.shifted_sparse_attention, tensors, group_size=group_size, backend="triton")
+    actual = results(jmlr_kernels.shifted_sparse_attention, tensors, group_size=group_size, backend=backend)
     for name, *triple in zip(("out", "dq", "dk", "dv"), actual, low, exact, strict=True):
         assert_as_exact_as_torch(f"{name} {shape} {dtype}", *triple)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-def test_padding_and_packing(layout: str) -> None:
+def test_padding_and_packing(backend: str, layout: str) -> None:
     lengths = [700, 1, 1024, 333]
     if layout == "padded":
         tensors = inputs((4, 1024, 256, 8, 2, 128), torch.bfloat16)
@@ -74,36 +74,38 @@ def test_padding_and_packing(layout: str) -> None:
     options["group_size"] = 256
     exact = results(shifted_sparse_attention_reference, in_float64(tensors), **options)
     low = results(shifted_sparse_attention_reference, tensors, **options)
-    actual = results(jmlr_kernels.shifted_sparse_attention, tensors, backend="triton", **options)
+    actual = results(jmlr_kernels.shifted_sparse_attention, tensors, backend=backend, **options)
     for name, *triple in zip(("out", "dq", "dk", "dv"), actual, low, exact, strict=True):
         assert_as_exact_as_torch(f"{name} {layout}", *triple)
 
 
-def test_two_runs_are_bit_identical() -> None:
+def test_two_runs_are_bit_identical(backend: str) -> None:
     tensors = inputs((4, 4096, 1024, 32, 8, 128), torch.bfloat16)
-    first, second = (results(jmlr_kernels.shifted_sparse_attention, tensors, group_size=1024) for _ in range(2))
+    first, second = (
+        results(jmlr_kernels.shifted_sparse_attention, tensors, group_size=1024, backend=backend) for _ in range(2)
+    )
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_forward_takes_no_memory_beyond_output_and_lse() -> None:
+def test_forward_takes_no_memory_beyond_output_and_lse(backend: str) -> None:
     q, k, v, _ = inputs((4, 4096, 1024, 32, 8, 128), torch.bfloat16)
     with torch.no_grad():
-        jmlr_kernels.shifted_sparse_attention(q, k, v, 1024)
+        jmlr_kernels.shifted_sparse_attention(q, k, v, 1024, backend=backend)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out = jmlr_kernels.shifted_sparse_attention(q, k, v, 1024)
+        out = jmlr_kernels.shifted_sparse_attention(q, k, v, 1024, backend=backend)
     extra = torch.cuda.max_memory_allocated() - before
     lse = out.numel() // out.shape[-1] * 4
     assert extra <= out.numel() * out.element_size() + lse + 2**16, f"{extra} bytes beyond the inputs"
 
 
-def test_cuda_graph_replays_on_new_inputs() -> None:
+def test_cuda_graph_replays_on_new_inputs(backend: str) -> None:
     shape = (2, 1024, 256, 8, 2, 128)
     tensors = inputs(shape, torch.bfloat16)
 
     def step() -> list[torch.Tensor]:
-        return results(jmlr_kernels.shifted_sparse_attention, tensors, group_size=256)
+        return results(jmlr_kernels.shifted_sparse_attention, tensors, group_size=256, backend=backend)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -120,7 +122,7 @@ def test_cuda_graph_replays_on_new_inputs() -> None:
     assert all(torch.equal(replayed, eager) for replayed, eager in zip(static, step(), strict=True))
 
 
-def test_the_backward_alone_is_captured_for_timing() -> None:
+def test_the_backward_alone_is_captured_for_timing(backend: str) -> None:
     """As the benchmark does it: a graph kept from a forward on the capture's own stream."""
     from benchmarks.candidate import BACKWARD
     from benchmarks.prepare import steps_of
@@ -129,7 +131,9 @@ def test_the_backward_alone_is_captured_for_timing() -> None:
     *tensors, grad = inputs((2, 1024, 256, 8, 2, 128), torch.bfloat16)
     device = torch.device("cuda")
     results_of_replay: list[tuple[torch.Tensor, ...]] = []
-    backward = steps_of(lambda *leaves: jmlr_kernels.shifted_sparse_attention(*leaves, 256), tensors, grad)[BACKWARD]
+    backward = steps_of(
+        lambda *leaves: jmlr_kernels.shifted_sparse_attention(*leaves, 256, backend=backend), tensors, grad
+    )[BACKWARD]
     warm_up(backward, device)
     replay, method = captured(lambda: results_of_replay.append(backward()), torch.cuda.graph_pool_handle())
     assert method == "graph"
@@ -140,11 +144,11 @@ def test_the_backward_alone_is_captured_for_timing() -> None:
     assert all(torch.equal(replayed, eager) for replayed, eager in zip(results_of_replay[-1], backward(), strict=True))
 
 
-def test_compiled_equals_eager() -> None:
+def test_compiled_equals_eager(backend: str) -> None:
     tensors = inputs((2, 1024, 256, 8, 2, 128), torch.bfloat16)
 
     def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return jmlr_kernels.shifted_sparse_attention(q, k, v, 256)
+        return jmlr_kernels.shifted_sparse_attention(q, k, v, 256, backend=backend)
 
     eager = results(attention, tensors)
     compiled = results(torch.compile(attention, fullgraph=True), tensors)
@@ -158,7 +162,7 @@ def _need_memory(gibibytes: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["batch", "one document"])
-def test_tensors_past_two_to_the_31_elements(layout: str) -> None:
+def test_tensors_past_two_to_the_31_elements(backend: str, layout: str) -> None:
     """The last rows, whose offsets need 64 bits, equal the same rows computed on their own."""
     _need_memory(60)
     group_size, heads, dim = 1024, 16, 128
@@ -174,10 +178,15 @@ def test_tensors_past_two_to_the_31_elements(layout: str) -> None:
     rows = slice(-1, None) if layout == "batch" else slice(None)
     tokens = slice(None) if layout == "batch" else slice(length - length % group_size - group_size, None)
     q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-    whole = results(jmlr_kernels.shifted_sparse_attention, [q, k, v, grad], group_size=group_size, backend="triton")
+    whole = results(
+        jmlr_kernels.shifted_sparse_attention,
+        [q, k, v, grad],
+        group_size=group_size,
+        backend=backend,
+    )
     part = [tensor[rows, tokens].detach().clone() for tensor in (q, k, v, grad)]
     part = [part[0].requires_grad_(), part[1].requires_grad_(), part[2].requires_grad_(), part[3]]
-    alone = results(jmlr_kernels.shifted_sparse_attention, part, group_size=group_size, backend="triton")
+    alone = results(jmlr_kernels.shifted_sparse_attention, part, group_size=group_size, backend=backend)
     # The plain heads' groups begin where the slice begins; the shifted heads' first half group does not.
     heads_to_compare = slice(None) if layout == "batch" else slice(0, heads // 2)
     for full, own in zip(whole, alone, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -67,19 +68,19 @@ def integers(shape: tuple[int, ...], dtype: torch.dtype, seed: int, largest: int
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(64, 64, 32, 300, 128), (33, 17, 20, 1030, 96), (5, 7, 130, 65, 128)], ids=str)
-def test_scores_of_unit_vectors(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_scores_of_unit_vectors(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     query_count, document_count, query_length, document_length, dim = shape
     queries = random((query_count, query_length, dim), dtype, 0)
     documents = random((document_count, document_length, dim), dtype, 1)
     with torch.no_grad():
-        actual = jmlr_kernels.maxsim(queries, documents, backend="triton")
+        actual = jmlr_kernels.maxsim(queries, documents, backend=backend)
         low, exact = definition(queries, documents), definition(queries.double(), documents.double())
     assert_as_exact_as_torch(f"scores {shape} {dtype}", actual, low, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_small_integers_are_exact_to_the_last_bit(dtype: torch.dtype, masked: bool) -> None:
+def test_small_integers_are_exact_to_the_last_bit(backend: str, dtype: torch.dtype, masked: bool) -> None:
     """Integer tokens make every product and sum exact, and ties frequent: nothing may differ, not even a winner."""
     queries = integers((48, 32, 64), dtype, 0).requires_grad_()
     documents = integers((40, 180, 64), dtype, 1).requires_grad_()
@@ -95,23 +96,23 @@ def test_small_integers_are_exact_to_the_last_bit(dtype: torch.dtype, masked: bo
         masks["query_mask"][5] = False
     wide = {name: mask.double() if mask.is_floating_point() else mask for name, mask in masks.items()}
     exact = results(lambda q, d: definition(q, d, **wide), in_float64([queries, documents]), grad)
-    actual = results(lambda q, d: jmlr_kernels.maxsim(q, d, backend="triton", **masks), [queries, documents], grad)
+    actual = results(lambda q, d: jmlr_kernels.maxsim(q, d, backend=backend, **masks), [queries, documents], grad)
     for name, got, right in zip(("scores", "queries' gradient", "documents' gradient"), actual, exact, strict=True):
         assert torch.equal(got, right.to(got.dtype)), f"{name}, {dtype}, masked={masked}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_gradients_of_unit_vectors(dtype: torch.dtype) -> None:
+def test_gradients_of_unit_vectors(backend: str, dtype: torch.dtype) -> None:
     leaves = [random((64, 32, 128), dtype, 0), random((64, 300, 128), dtype, 1)]
     grad = torch.randn((64, 64), generator=torch.Generator(device="cuda").manual_seed(2), device="cuda")
     exact = results(definition, in_float64(leaves), grad)
     low = results(definition, leaves, grad)
-    actual = results(lambda q, d: jmlr_kernels.maxsim(q, d, backend="triton"), leaves, grad)
+    actual = results(lambda q, d: jmlr_kernels.maxsim(q, d, backend=backend), leaves, grad)
     for name, *triple in zip(("scores", "dq", "dd"), actual, low, exact, strict=True):
         assert_as_exact_as_torch(f"{name} {dtype}", *triple)
 
 
-def test_packed_documents_equal_padded_ones() -> None:
+def test_packed_documents_equal_padded_ones(backend: str) -> None:
     lengths = torch.randint(0, 181, (50,), generator=torch.Generator().manual_seed(0)).tolist()
     documents = integers((50, 180, 128), torch.bfloat16, 1)
     mask = torch.arange(180, device="cuda")[None, :] < torch.tensor(lengths, device="cuda")[:, None]
@@ -119,79 +120,79 @@ def test_packed_documents_equal_padded_ones() -> None:
     padded = documents.clone().requires_grad_()
     packed = documents[mask].clone().requires_grad_()
     ends = torch.tensor([0, *lengths]).cumsum(0).to(device="cuda", dtype=torch.int32)
-    one = results(lambda q, d: jmlr_kernels.maxsim(q, d, document_mask=mask), [queries, padded], grad)
-    other = results(lambda q, d: jmlr_kernels.maxsim(q, d, cu_seqlens=ends), [queries, packed], grad)
+    one = results(lambda q, d: jmlr_kernels.maxsim(q, d, document_mask=mask, backend=backend), [queries, padded], grad)
+    other = results(lambda q, d: jmlr_kernels.maxsim(q, d, cu_seqlens=ends, backend=backend), [queries, packed], grad)
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and torch.equal(one[2][mask], other[2])
 
 
-def test_candidates_equal_the_cross_products_diagonal() -> None:
+def test_candidates_equal_the_cross_products_diagonal(backend: str) -> None:
     queries = random((16, 32, 128), torch.bfloat16, 0)
     documents = random((16, 8, 180, 128), torch.bfloat16, 1)
-    scores = jmlr_kernels.maxsim_candidates(queries, documents)
+    scores = jmlr_kernels.maxsim_candidates(queries, documents, backend=backend)
     for row in range(16):
-        own = jmlr_kernels.maxsim(queries[row : row + 1], documents[row])
+        own = jmlr_kernels.maxsim(queries[row : row + 1], documents[row], backend=backend)
         torch.testing.assert_close(scores[row : row + 1], own)
 
 
-def test_nan_reaches_the_score() -> None:
+def test_nan_reaches_the_score(backend: str) -> None:
     queries, documents = random((3, 32, 128), torch.bfloat16, 0), random((4, 300, 128), torch.bfloat16, 1)
     with torch.no_grad():
         documents[2, 277, 5] = float("nan")
-        scores = jmlr_kernels.maxsim(queries, documents, backend="triton")
+        scores = jmlr_kernels.maxsim(queries, documents, backend=backend)
     assert torch.isnan(scores[:, 2]).all() and torch.isfinite(scores[:, [0, 1, 3]]).all()
 
 
-def test_two_runs_are_bit_identical() -> None:
+def test_two_runs_are_bit_identical(backend: str) -> None:
     leaves = [random((256, 32, 128), torch.bfloat16, 0), random((256, 300, 128), torch.bfloat16, 1)]
     grad = torch.randn((256, 256), device="cuda")
-    first, second = (results(jmlr_kernels.maxsim, leaves, grad) for _ in range(2))
+    first, second = (results(partial(jmlr_kernels.maxsim, backend=backend), leaves, grad) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_forward_takes_no_memory_beyond_scores() -> None:
+def test_forward_takes_no_memory_beyond_scores(backend: str) -> None:
     queries, documents = random((256, 32, 128), torch.bfloat16, 0), random((256, 300, 128), torch.bfloat16, 1)
     with torch.no_grad():
-        jmlr_kernels.maxsim(queries, documents)
+        jmlr_kernels.maxsim(queries, documents, backend=backend)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        scores = jmlr_kernels.maxsim(queries, documents)
+        scores = jmlr_kernels.maxsim(queries, documents, backend=backend)
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= scores.numel() * 4 + 2**20, f"{extra} bytes beyond the inputs"
 
 
-def test_cuda_graph_replays_on_new_inputs() -> None:
+def test_cuda_graph_replays_on_new_inputs(backend: str) -> None:
     leaves = [random((32, 32, 128), torch.bfloat16, 0), random((32, 180, 128), torch.bfloat16, 1)]
     grad = torch.randn((32, 32), device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        results(jmlr_kernels.maxsim, leaves, grad)
+        results(partial(jmlr_kernels.maxsim, backend=backend), leaves, grad)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        static = results(jmlr_kernels.maxsim, leaves, grad)
+        static = results(partial(jmlr_kernels.maxsim, backend=backend), leaves, grad)
     with torch.no_grad():
         leaves[0].copy_(random((32, 32, 128), torch.bfloat16, 7))
         leaves[1].copy_(random((32, 180, 128), torch.bfloat16, 8))
     graph.replay()
-    eager = results(jmlr_kernels.maxsim, leaves, grad)
+    eager = results(partial(jmlr_kernels.maxsim, backend=backend), leaves, grad)
     assert all(torch.equal(one, other) for one, other in zip(static, eager, strict=True))
 
 
-def test_compiled_equals_eager() -> None:
+def test_compiled_equals_eager(backend: str) -> None:
     leaves = [random((32, 32, 128), torch.bfloat16, 0), random((32, 180, 128), torch.bfloat16, 1)]
     grad = torch.randn((32, 32), device="cuda")
 
     def scores(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-        return jmlr_kernels.maxsim(queries, documents)
+        return jmlr_kernels.maxsim(queries, documents, backend=backend)
 
     eager, compiled = results(scores, leaves, grad), results(torch.compile(scores, fullgraph=True), leaves, grad)
     assert all(torch.equal(one, other) for one, other in zip(eager, compiled, strict=True))
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_documents_past_two_to_the_31_elements(packed: bool) -> None:
+def test_documents_past_two_to_the_31_elements(backend: str, packed: bool) -> None:
     """The last documents, whose offsets need 64 bits, score and get gradients as they do on their own."""
     free, _ = torch.cuda.mem_get_info()
     if free < 24 * 2**30:
@@ -205,20 +206,20 @@ def test_documents_past_two_to_the_31_elements(packed: bool) -> None:
     last = documents[-4:].clone().requires_grad_()
     ends = torch.arange(count + 1, dtype=torch.int32, device="cuda") * length if packed else None
     whole = (documents.view(-1, dim) if packed else documents).requires_grad_()
-    full = results(lambda q, d: jmlr_kernels.maxsim(q, d, cu_seqlens=ends, backend="triton"), [queries, whole], grad)
-    own = results(lambda q, d: jmlr_kernels.maxsim(q, d, backend="triton"), [queries, last], grad[:, -4:])
+    full = results(lambda q, d: jmlr_kernels.maxsim(q, d, cu_seqlens=ends, backend=backend), [queries, whole], grad)
+    own = results(lambda q, d: jmlr_kernels.maxsim(q, d, backend=backend), [queries, last], grad[:, -4:])
     torch.testing.assert_close(full[0][:, -4:], own[0])
     torch.testing.assert_close(full[2].view(count, length, dim)[-4:], own[2])
 
 
-def test_a_step_takes_no_memory_beyond_gradients_and_winners() -> None:
+def test_a_step_takes_no_memory_beyond_gradients_and_winners(backend: str) -> None:
     leaves = [random((256, 32, 128), torch.bfloat16, 0), random((256, 180, 128), torch.bfloat16, 1)]
     grad = torch.randn((256, 256), device="cuda")
-    results(jmlr_kernels.maxsim, leaves, grad)
+    results(partial(jmlr_kernels.maxsim, backend=backend), leaves, grad)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found = results(jmlr_kernels.maxsim, leaves, grad)
+    found = results(partial(jmlr_kernels.maxsim, backend=backend), leaves, grad)
     extra = torch.cuda.max_memory_allocated() - before
     scores, gradients = found[0].numel(), sum(value.numel() for value in found[1:])
     wanted = 4 * scores + 2 * gradients + 32 * scores  # scores, both gradients, a byte for each winner
@@ -226,20 +227,22 @@ def test_a_step_takes_no_memory_beyond_gradients_and_winners() -> None:
 
 
 @pytest.mark.parametrize("length", [255, 256, 257])
-def test_winners_fit_their_integer(length: int) -> None:
+def test_winners_fit_their_integer(backend: str, length: int) -> None:
     queries = integers((9, 32, 64), torch.bfloat16, 0).requires_grad_()
     documents = integers((7, length, 64), torch.bfloat16, 1).requires_grad_()
     mask = integers((7, length), torch.float32, 4) > 0
     mask[3] = False
     grad = integers((9, 7), torch.float32, 2)
     exact = results(lambda q, d: definition(q, d, document_mask=mask), in_float64([queries, documents]), grad)
-    actual = results(lambda q, d: jmlr_kernels.maxsim(q, d, document_mask=mask), [queries, documents], grad)
+    actual = results(
+        lambda q, d: jmlr_kernels.maxsim(q, d, document_mask=mask, backend=backend), [queries, documents], grad
+    )
     assert all(torch.equal(got, right.to(got.dtype)) for got, right in zip(actual, exact, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (1, 500)], ids=str)
 @pytest.mark.parametrize("dim", [128, 320])
-def test_normalisation_and_its_jacobian(shape: tuple[int, int], dim: int) -> None:
+def test_normalisation_and_its_jacobian(backend: str, shape: tuple[int, int], dim: int) -> None:
     """Norms in a pass before (several row tiles) and on the way (one), Jacobian in the tile and apart."""
     leaves = [
         (3 * torch.randn((count, length, dim), device="cuda")).to(torch.bfloat16).requires_grad_()
@@ -252,12 +255,12 @@ def test_normalisation_and_its_jacobian(shape: tuple[int, int], dim: int) -> Non
         return definition(unit(queries, dim=-1), unit(documents, dim=-1))
 
     exact, low = results(plain, in_float64(leaves), grad), results(plain, leaves, grad)
-    actual = results(lambda q, d: jmlr_kernels.maxsim(q, d, normalize=True, backend="triton"), leaves, grad)
+    actual = results(lambda q, d: jmlr_kernels.maxsim(q, d, normalize=True, backend=backend), leaves, grad)
     for name, *triple in zip(("scores", "dq", "dd"), actual, low, exact, strict=True):
         assert_as_exact_as_torch(name, *triple)
 
 
-def test_contrastive_loss_equals_cross_entropy() -> None:
+def test_contrastive_loss_equals_cross_entropy(backend: str) -> None:
     leaves = [random((64, 32, 128), torch.bfloat16, 0), random((128, 180, 128), torch.bfloat16, 1)]
     labels = torch.randperm(128, device="cuda")[:64]
     one = torch.ones((), device="cuda")
@@ -266,7 +269,7 @@ def test_contrastive_loss_equals_cross_entropy() -> None:
         return torch.nn.functional.cross_entropy(definition(queries, documents) / 0.05, labels)
 
     def fused(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-        return jmlr_kernels.maxsim_contrastive_loss(queries, documents, labels, temperature=0.05, backend="triton")
+        return jmlr_kernels.maxsim_contrastive_loss(queries, documents, labels, temperature=0.05, backend=backend)
 
     exact, low = results(plain, in_float64(leaves), one), results(plain, leaves, one)
     for name, *triple in zip(("loss", "dq", "dd"), results(fused, leaves, one), low, exact, strict=True):
@@ -274,7 +277,7 @@ def test_contrastive_loss_equals_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("loss", ["kl", "margin_mse"])
-def test_distillation_loss_equals_its_definition(loss: str) -> None:
+def test_distillation_loss_equals_its_definition(backend: str, loss: str) -> None:
     leaves = [random((32, 32, 128), torch.bfloat16, 0), random((32, 8, 180, 128), torch.bfloat16, 1)]
     teacher = torch.randn((32, 8), device="cuda")
     one = torch.ones((), device="cuda")
@@ -288,23 +291,23 @@ def test_distillation_loss_equals_its_definition(loss: str) -> None:
         return ((scores[:, :1] - scores[:, 1:]) - (wish[:, :1] - wish[:, 1:])).square().mean()
 
     def fused(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-        return jmlr_kernels.maxsim_distillation_loss(queries, documents, teacher, loss=loss, backend="triton")
+        return jmlr_kernels.maxsim_distillation_loss(queries, documents, teacher, loss=loss, backend=backend)
 
     exact, low = results(plain, in_float64(leaves), one), results(plain, leaves, one)
     for name, *triple in zip(("loss", "dq", "dd"), results(fused, leaves, one), low, exact, strict=True):
         assert_as_exact_as_torch(name, *triple)
 
 
-def test_one_query_and_many_documents_split_the_gradient() -> None:
+def test_one_query_and_many_documents_split_the_gradient(backend: str) -> None:
     leaves = [random((1, 32, 128), torch.bfloat16, 0), random((3000, 80, 128), torch.bfloat16, 1)]
     grad = torch.randn((1, 3000), device="cuda")
     exact, low = results(definition, in_float64(leaves), grad), results(definition, leaves, grad)
-    actual = results(lambda q, d: jmlr_kernels.maxsim(q, d, backend="triton"), leaves, grad)
+    actual = results(lambda q, d: jmlr_kernels.maxsim(q, d, backend=backend), leaves, grad)
     for name, *triple in zip(("scores", "dq", "dd"), actual, low, exact, strict=True):
         assert_as_exact_as_torch(name, *triple)
 
 
-def test_remembered_launches_tell_shapes_apart() -> None:
+def test_remembered_launches_tell_shapes_apart(backend: str) -> None:
     """Every second call of a kernel takes the short path; strides, alignment and dtypes must not be mixed up."""
     for _ in range(2):
         for dtype in (torch.bfloat16, torch.float16):
@@ -312,5 +315,5 @@ def test_remembered_launches_tell_shapes_apart() -> None:
                 wide = integers((20, length, 136), dtype, 1)
                 for documents in (wide[..., :128], wide[..., 8:], wide[..., 1:129], wide[:, :, :128].contiguous()):
                     queries = integers((5, 32, 128), dtype, 0)
-                    scores = jmlr_kernels.maxsim(queries, documents, backend="triton")
+                    scores = jmlr_kernels.maxsim(queries, documents, backend=backend)
                     assert torch.equal(scores, definition(queries.double(), documents.double()).float())

@@ -1,0 +1,450 @@
+#include "emulator.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#if !defined(__x86_64__)
+#error "the emulator switches stacks by hand, for x86-64 alone"
+#endif
+
+// Saves the callee's registers on the present stack, leaves its address in *from and goes on where `to` was left.
+extern "C" void jmlr_switch_stack(void** from, void* to);
+asm(R"(
+.text
+.globl jmlr_switch_stack
+.type jmlr_switch_stack, @function
+jmlr_switch_stack:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size jmlr_switch_stack, .-jmlr_switch_stack
+)");
+
+namespace emulator {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 256 * 1024;
+constexpr int kNobody = -1;
+constexpr int kSeveralWarps = -2;
+
+struct Copy {
+    int offset;
+    const void* from;
+    bool valid;
+};
+
+enum class State { ready, meeting, barrier, finished };
+
+struct Fiber {
+    char* stack = nullptr;
+    void* top = nullptr;
+    void* sanitizer = nullptr;
+    State state = State::ready;
+    std::vector<Copy> open;
+    std::vector<std::vector<Copy>> groups;
+};
+
+struct Warp {
+    int arrived = 0;
+    Meeting kind = Meeting::barrier;
+    void* slots[kWarp];
+    uint32_t epoch = 0;
+};
+
+struct Access {
+    int thread = kNobody;        // or kSeveralWarps, of reads
+    bool several_lanes = false;  // of the thread's warp, of reads
+    uint32_t epoch = 0;
+    uint32_t warp_epoch = 0;
+};
+
+// Two bytes of shared memory.
+struct Cell {
+    Access write, read;
+    int copying = kNobody;
+};
+
+struct Owner {
+    int64_t block = -1;
+    int thread = kNobody;
+    uint32_t launch = 0;
+    uint32_t epoch = 0;
+};
+
+struct Range {
+    const char* begin;
+    const char* end;
+    bool writable;
+    std::string name;
+    std::vector<Owner> owners;
+};
+
+struct Block {
+    const std::function<void()>* kernel = nullptr;
+    int64_t index = 0, count = 0;
+    int threads = 0;
+    uint32_t epoch = 1;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::vector<char> shared;
+    std::vector<Cell> cells;
+    int running = 0;
+    void* scheduler = nullptr;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_size = 0;
+    std::string error;
+};
+
+Block* block = nullptr;
+std::vector<Range> ranges;
+std::vector<char*> stacks;
+uint64_t seed = 0;
+uint32_t launches = 0;
+
+[[noreturn]] void fail(const std::string& what, int thread) {
+    throw Violation(what + " (block " + std::to_string(block->index) + ", thread " + std::to_string(thread) + ")");
+}
+
+[[noreturn]] void fail(const std::string& what) { fail(what, block->running); }
+
+void switch_to_scheduler(Fiber& fiber, bool last) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(last ? nullptr : &fiber.sanitizer, block->scheduler_stack, block->scheduler_size);
+#else
+    (void)last;
+#endif
+    jmlr_switch_stack(&fiber.top, block->scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fiber.sanitizer, nullptr, nullptr);
+#endif
+}
+
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_size);
+#endif
+    Fiber& fiber = block->fibers[block->running];
+    try {
+        (*block->kernel)();
+        if (!fiber.open.empty() || !fiber.groups.empty()) fail("a thread ends with asynchronous copies under way");
+    } catch (const std::exception& error) {
+        if (block->error.empty()) block->error = error.what();
+    }
+    fiber.state = State::finished;
+    switch_to_scheduler(fiber, true);
+    std::abort();
+}
+
+void resume(int thread) {
+    Fiber& fiber = block->fibers[thread];
+    block->running = thread;
+#if defined(__SANITIZE_ADDRESS__)
+    void* own = nullptr;
+    __sanitizer_start_switch_fiber(&own, fiber.stack, kStack);
+#endif
+    jmlr_switch_stack(&block->scheduler, fiber.top);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
+#endif
+}
+
+void prepare(int thread) {
+    while (int(stacks.size()) <= thread) {
+        void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        stacks.push_back(static_cast<char*>(memory));
+    }
+    Fiber& fiber = block->fibers[thread];
+    fiber.stack = stacks[thread];
+#if defined(__SANITIZE_ADDRESS__)
+    // A block that ended in a Violation has left its frames there.
+    __asan_unpoison_memory_region(fiber.stack, kStack);
+#endif
+    // Six registers and the address that the switch returns to; the latter at a multiple of 16, as after a call.
+    void** top = reinterpret_cast<void**>(fiber.stack + kStack - 64);
+    *top = reinterpret_cast<void*>(&fiber_main);
+    for (int i = 1; i <= 6; ++i) top[-i] = nullptr;
+    fiber.top = top - 6;
+}
+
+// Whether `earlier` and an access now by `thread` may happen in either order.
+bool unordered(const Access& earlier, int thread, uint32_t warp_epoch) {
+    if (earlier.thread == kNobody || earlier.epoch != block->epoch) return false;
+    if (earlier.thread == kSeveralWarps) return true;
+    if (earlier.thread == thread && !earlier.several_lanes) return false;
+    return earlier.thread / kWarp != thread / kWarp || earlier.warp_epoch == warp_epoch;
+}
+
+std::string place(int offset) { return "byte " + std::to_string(offset) + " of shared memory"; }
+
+void check_shared_place(int offset, int bytes, int alignment, int thread) {
+    if (offset < 0 || offset + bytes > int(block->shared.size())) {
+        fail("access outside shared memory: " + place(offset) + ", which has " + std::to_string(block->shared.size()),
+             thread);
+    }
+    if (bytes % 2 != 0 || offset % (alignment ? alignment : bytes) != 0)
+        fail("misaligned access to " + place(offset), thread);
+}
+
+void run_block(int64_t index) {
+    block->index = index;
+    block->epoch = 1;
+    block->cells.assign(block->shared.size() / 2, Cell());
+    std::fill(block->shared.begin(), block->shared.end(), char(0xff));
+    block->warps.assign(block->threads / kWarp, Warp());
+    block->fibers.assign(block->threads, Fiber());
+    for (int thread = 0; thread < block->threads; ++thread) prepare(thread);
+    std::mt19937_64 random(seed * 1000003 + uint64_t(index));
+    std::vector<int> order(block->warps.size());
+    std::iota(order.begin(), order.end(), 0);
+    for (;;) {
+        std::shuffle(order.begin(), order.end(), random);
+        for (int warp : order) {
+            for (bool any = true; any;) {
+                any = false;
+                for (int lane = 0; lane < kWarp; ++lane) {
+                    if (block->fibers[warp * kWarp + lane].state != State::ready) continue;
+                    any = true;
+                    resume(warp * kWarp + lane);
+                    if (!block->error.empty()) throw Violation(block->error);
+                }
+            }
+        }
+        int finished = 0, waiting = 0, stuck = kNobody;
+        for (int thread = 0; thread < block->threads; ++thread) {
+            State state = block->fibers[thread].state;
+            finished += state == State::finished;
+            waiting += state == State::barrier;
+            if (state == State::meeting && stuck == kNobody) stuck = thread;
+        }
+        if (stuck != kNobody) fail("a warp-wide instruction that not all lanes reach", stuck);
+        if (finished == block->threads) return;
+        if (waiting != block->threads) {
+            fail(std::to_string(waiting) + " threads wait at a barrier and " + std::to_string(finished) +
+                 " have ended");
+        }
+        ++block->epoch;
+        for (Fiber& fiber : block->fibers) fiber.state = State::ready;
+    }
+}
+
+Range& range_of(const void* pointer, size_t bytes, bool write) {
+    const char* at = static_cast<const char*>(pointer);
+    for (Range& range : ranges) {
+        if (at >= range.begin && at + bytes <= range.end) {
+            if (write && !range.writable) fail("a write to the input " + range.name);
+            return range;
+        }
+    }
+    std::string nearest = "no tensor";
+    int64_t distance = INT64_MAX;
+    for (const Range& range : ranges) {
+        int64_t beyond = std::max<int64_t>(range.begin - at, at + int64_t(bytes) - range.end);
+        if (beyond < distance) {
+            distance = beyond;
+            nearest = range.name + " by " + std::to_string(beyond) + " bytes";
+        }
+    }
+    fail(std::string(write ? "a write" : "a read") + " outside of every tensor, nearest: past " + nearest);
+}
+
+}  // namespace
+
+int thread_index() { return block->running; }
+int64_t block_index() { return block->index; }
+int64_t block_count() { return block->count; }
+
+void sync_block() {
+    Fiber& fiber = block->fibers[block->running];
+    fiber.state = State::barrier;
+    switch_to_scheduler(fiber, false);
+}
+
+void meet(Meeting kind, void* slot, const std::function<void(void**)>& compute) {
+    int thread = block->running;
+    Warp& warp = block->warps[thread / kWarp];
+    if (warp.arrived == 0) warp.kind = kind;
+    if (warp.kind != kind) fail("lanes of a warp meet at different warp-wide instructions");
+    warp.slots[thread % kWarp] = slot;
+    if (++warp.arrived < kWarp) {
+        Fiber& fiber = block->fibers[thread];
+        fiber.state = State::meeting;
+        switch_to_scheduler(fiber, false);
+        return;
+    }
+    warp.arrived = 0;
+    compute(warp.slots);
+    for (int lane = 0; lane < kWarp; ++lane) block->fibers[thread / kWarp * kWarp + lane].state = State::ready;
+}
+
+void sync_warp() {
+    Warp& warp = block->warps[block->running / kWarp];
+    meet(Meeting::barrier, nullptr, [&warp](void**) { ++warp.epoch; });
+}
+
+const void* shared_read(int offset, int bytes, int by_lane, int alignment) {
+    int thread = by_lane < 0 ? block->running : block->running / kWarp * kWarp + by_lane;
+    check_shared_place(offset, bytes, alignment, thread);
+    uint32_t warp_epoch = block->warps[thread / kWarp].epoch;
+    for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
+        Cell& cell = block->cells[i];
+        if (cell.copying != kNobody)
+            fail("a read of " + place(i * 2) + " while an asynchronous copy to it is under way", thread);
+        if (cell.write.thread == kNobody) fail("a read of " + place(i * 2) + ", which nobody has written", thread);
+        if (unordered(cell.write, thread, warp_epoch)) {
+            fail("a race at " + place(i * 2) + ": thread " + std::to_string(cell.write.thread) +
+                     " writes, another reads",
+                 thread);
+        }
+        Access& read = cell.read;
+        if (read.thread == kNobody || read.epoch != block->epoch) {
+            read = Access{thread, false, block->epoch, warp_epoch};
+        } else if (read.thread != kSeveralWarps && read.thread / kWarp != thread / kWarp) {
+            read.thread = kSeveralWarps;
+        } else if (read.thread != kSeveralWarps && read.thread != thread) {
+            read = Access{thread, true, block->epoch, warp_epoch};
+        } else {
+            read.warp_epoch = warp_epoch;
+        }
+    }
+    return block->shared.data() + offset;
+}
+
+void* shared_write(int offset, int bytes) {
+    int thread = block->running;
+    check_shared_place(offset, bytes, 0, thread);
+    uint32_t warp_epoch = block->warps[thread / kWarp].epoch;
+    for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
+        Cell& cell = block->cells[i];
+        if (cell.copying != kNobody)
+            fail("a write to " + place(i * 2) + " while an asynchronous copy to it is under way");
+        if (unordered(cell.write, thread, warp_epoch)) fail("a race at " + place(i * 2) + ": two threads write");
+        if (unordered(cell.read, thread, warp_epoch)) {
+            fail("a race at " + place(i * 2) + ": a thread reads, another writes");
+        }
+        cell.write = Access{thread, false, block->epoch, warp_epoch};
+    }
+    return block->shared.data() + offset;
+}
+
+void copy_async(int offset, const void* from, bool valid) {
+    if (valid) check_global_read(from, 16);
+    shared_write(offset, 16);
+    for (int i = offset / 2; i < (offset + 16) / 2; ++i) block->cells[i].copying = block->running;
+    // What was there is gone, what comes is not there yet.
+    std::memset(block->shared.data() + offset, 0xff, 16);
+    block->fibers[block->running].open.push_back(Copy{offset, from, valid});
+}
+
+void commit_copies() {
+    Fiber& fiber = block->fibers[block->running];
+    fiber.groups.push_back(std::move(fiber.open));
+    fiber.open.clear();
+}
+
+void wait_copies(int groups_under_way) {
+    Fiber& fiber = block->fibers[block->running];
+    while (int(fiber.groups.size()) > groups_under_way) {
+        for (const Copy& copy : fiber.groups.front()) {
+            for (int i = copy.offset / 2; i < (copy.offset + 16) / 2; ++i) block->cells[i].copying = kNobody;
+            void* to = shared_write(copy.offset, 16);
+            if (copy.valid) {
+                std::memcpy(to, copy.from, 16);
+            } else {
+                std::memset(to, 0, 16);
+            }
+        }
+        fiber.groups.erase(fiber.groups.begin());
+    }
+}
+
+void check_global_read(const void* pointer, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+        fail("a misaligned read of " + std::to_string(bytes) + " bytes");
+    Range& range = range_of(pointer, bytes, false);
+    if (!range.writable) return;
+    size_t first = static_cast<const char*>(pointer) - range.begin;
+    for (size_t i = first; i < first + bytes; ++i) {
+        const Owner& owner = range.owners[i];
+        if (owner.launch == 0) fail("a read of " + range.name + " where nobody has written");
+        if (owner.launch != launches || (owner.block == block->index && owner.thread == block->running)) continue;
+        if (owner.block != block->index) fail("a race at " + range.name + ": another block writes what this one reads");
+        if (owner.epoch == block->epoch)
+            fail("a race at " + range.name + ": another thread writes what this one reads");
+    }
+}
+
+void check_global_write(const void* pointer, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+        fail("a misaligned write of " + std::to_string(bytes) + " bytes");
+    Range& range = range_of(pointer, bytes, true);
+    size_t first = static_cast<const char*>(pointer) - range.begin;
+    for (size_t i = first; i < first + bytes; ++i) {
+        Owner& owner = range.owners[i];
+        if (owner.launch == launches && !(owner.block == block->index && owner.thread == block->running)) {
+            if (owner.block != block->index) fail("a race at " + range.name + ": two blocks write the same element");
+            if (owner.epoch == block->epoch) fail("a race at " + range.name + ": two threads write the same element");
+        }
+        owner = Owner{block->index, block->running, launches, block->epoch};
+    }
+}
+
+void run_grid(const std::function<void()>& kernel, int64_t blocks, int threads, int shared_bytes) {
+    if (threads % kWarp != 0 || threads <= 0 || threads > 1024)
+        throw Violation("a block has 32 to 1024 threads, whole warps");
+    if (shared_bytes > kSharedLimit) {
+        throw Violation("a block asks for " + std::to_string(shared_bytes) + " bytes of shared memory; there are " +
+                        std::to_string(kSharedLimit));
+    }
+    ++launches;
+    Block own;
+    own.kernel = &kernel;
+    own.count = blocks;
+    own.threads = threads;
+    own.shared.resize(size_t(shared_bytes));
+    block = &own;
+    struct Leave {
+        ~Leave() { block = nullptr; }
+    } leave;
+    std::vector<int64_t> order(static_cast<size_t>(blocks));
+    std::iota(order.begin(), order.end(), 0);
+    std::mt19937_64 random(seed);
+    std::shuffle(order.begin(), order.end(), random);
+    for (int64_t index : order) run_block(index);
+}
+
+void register_tensor(const void* data, size_t bytes, bool writable, const std::string& name) {
+    const char* begin = static_cast<const char*>(data);
+    ranges.push_back(Range{begin, begin + bytes, writable, name, std::vector<Owner>(writable ? bytes : 0)});
+}
+
+void forget_tensors() { ranges.clear(); }
+
+void set_seed(uint64_t value) { seed = value; }
+
+}  // namespace emulator

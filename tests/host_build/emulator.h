@@ -1,0 +1,60 @@
+// A GPU's block of threads on a CPU, for tests: every CUDA thread is a fiber with its own stack, and a fiber runs until
+// it must wait for others. Warp-wide instructions are meetings of 32 fibers; barriers are meetings of the whole block.
+//
+// Checked on the way, each a Violation that names block, thread and place:
+// - global memory: inside a registered tensor, aligned, outputs alone written, each element by one owner;
+// - shared memory: inside the block's allocation, aligned, written before it is read, and no two threads at one place
+//   without a barrier in between when one of them writes (between lanes of a warp, a warp barrier);
+// - asynchronous copies: nobody touches their target before the wait, and they arrive as late as they may;
+// - barriers and warp-wide instructions: all threads arrive, at the same one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+namespace emulator {
+
+struct Violation : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+enum class Meeting { load_matrices, multiply_add, shuffle, ballot, barrier };
+
+// What the calling fiber is.
+int thread_index();
+int64_t block_index();
+int64_t block_count();
+
+void sync_block();
+void sync_warp();
+
+// All lanes of the calling warp meet; `compute` runs once, with the 32 pointers in lane order.
+void meet(Meeting kind, void* slot, const std::function<void(void**)>& compute);
+
+void check_global_read(const void* pointer, size_t bytes);
+void check_global_write(const void* pointer, size_t bytes);
+
+// The bytes at an offset of the block's shared memory, after the checks; `by_lane` attributes the access to another
+// lane of the calling warp, `alignment` 0 stands for `bytes`.
+const void* shared_read(int offset, int bytes, int by_lane = -1, int alignment = 0);
+void* shared_write(int offset, int bytes);
+
+void copy_async(int offset, const void* from, bool valid);
+void commit_copies();
+void wait_copies(int groups_under_way);
+
+// Runs `kernel` in every thread of every block, blocks in an order drawn from the seed. Throws the first Violation.
+void run_grid(const std::function<void()>& kernel, int64_t blocks, int threads, int shared_bytes);
+
+// Global memory that kernels may touch until `forget_tensors`. Overlapping registrations are allowed for inputs only.
+void register_tensor(const void* data, size_t bytes, bool writable, const std::string& name);
+void forget_tensors();
+void set_seed(uint64_t seed);
+
+// Most shared memory that a block may ask for, in bytes: that of compute capability 8.0.
+constexpr int kSharedLimit = 163 * 1024;
+
+}  // namespace emulator

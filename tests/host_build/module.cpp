@@ -1,0 +1,15 @@
+// Every CUDA kernel of csrc/, compiled for the CPU over the emulated block.
+#include <pybind11/pybind11.h>
+
+#include "emulator.h"
+
+namespace host_build {
+
+void bind_tiles(pybind11::module_& module);
+
+}  // namespace host_build
+
+PYBIND11_MODULE(jmlr_host_build, module) {
+    pybind11::register_exception<emulator::Violation>(module, "Violation");
+    host_build::bind_tiles(module);
+}
