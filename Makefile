@@ -2,7 +2,7 @@
 # make test    the fast tests; make test-slow: the others               ARGS="-k maxsim"
 # make test-oldest  the transformers plug-in on the oldest transformers it works with
 # make check   formatter, linter, types
-# make bench   both operations against plain torch on this CPU          OUT=runs/bench
+# make bench   both operations on this CPU, against torch and maxsim-cpu  OUT=runs/bench
 # make aot     compile every Triton configuration for sm_80/90/100      (no GPU needed)
 # make gpu     GPU tests, timings and a few training steps              OUT=dir  (no network, no environment of its own)
 # make tune    time the kernels' tile sizes on this GPU                  ARGS="attention --budget 600"
@@ -26,7 +26,7 @@ RECIPES_WITH_WEIGHTS := smollm2 longlora-smollm2
 # Libraries whose MaxSim scores the compatibility modes reproduce, and what importing their scoring modules needs besides
 # what is already there. Their pins clash with each other's and with ours, and some want torchvision or datasets: hence
 # --no-deps. The versions are in constraints.txt; tests/kernels/peer_libraries.py fails on any other.
-PEERS := sentence-transformers pylate colpali-engine colbert-ai late-interaction-kernels flash-maxsim
+PEERS := sentence-transformers pylate colpali-engine colbert-ai late-interaction-kernels flash-maxsim maxsim-cpu
 PEERS_NEED := cloudpickle GitPython gitdb joblib narwhals ninja scikit-learn scipy smmap threadpoolctl ujson
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -82,8 +82,9 @@ check: .venv-test/.installed
 	.venv-test/bin/mypy
 
 bench: OUT ?= runs/bench
-bench: .venv-test/.installed
+bench: .venv-test/.installed .venv-test/.peers
 	@mkdir -p $(OUT)
+	.venv-test/bin/python -m benchmarks.cpu --out $(OUT)/maxsim-cpu.json
 	.venv-test/bin/python -m pytest -q -o python_files='bench_*.py' -o python_functions='bench_*' benchmarks/kernels \
 		--benchmark-columns=median,iqr,rounds --benchmark-json=$(OUT)/cpu.json $(ARGS)
 

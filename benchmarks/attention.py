@@ -65,7 +65,7 @@ def executed_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype
     """FLOPs that our Triton kernels execute, by direction; None where something else runs."""
     from jmlr_kernels.ops import resolve_backend
 
-    if resolve_backend("auto", torch.empty(0, dtype=dtype, device=device)) != "triton":
+    if resolve_backend("auto", torch.empty(0, dtype=dtype, device=device), "shifted_attention_forward") != "triton":
         return None
     from jmlr_kernels.shifted_attention import config, executed, triton_common
 

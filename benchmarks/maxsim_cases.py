@@ -166,9 +166,12 @@ GPU_CASES = (
     MaxSimCase(128, 8, 32, 1030, backward=True, layout="candidates"),
     MaxSimCase(256, 16, 32, 1030, backward=True, layout="candidates"),
 )
+# `least_ratio` there counts the forward.
 CPU_CASES = (
-    MaxSimCase(1, 1000, 32, 300, backward=False),
-    MaxSimCase(32, 32, 32, 180, backward=True),
+    MaxSimCase(1, 1000, 32, 300, backward=False, least_ratio=2.0),
+    MaxSimCase(32, 32, 32, 80, backward=True, least_ratio=2.0),
+    MaxSimCase(32, 32, 32, 180, backward=True, least_ratio=2.0),
+    MaxSimCase(32, 32, 32, 300, backward=True, least_ratio=2.0),
     MaxSimCase(8, 16, 32, 180, backward=True, layout="candidates"),
     MaxSimCase(32, 32, 32, 180, backward=True, layout="packed"),
 )

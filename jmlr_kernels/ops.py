@@ -3,6 +3,7 @@
 One row of ``_TABLE`` is one operation. The operations hold no autograd: ``function.py`` beside each family
 wraps a forward and a backward operation in a ``torch.autograd.Function``. The backend is an argument, resolved
 once by :func:`resolve_backend`, so that ``torch.compile``, checkpointing and FLOP counters see one opaque call.
+Where none of those is at work, :func:`call` goes straight to the backend.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import native
+
 NAMESPACE = "jmlr_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -28,9 +31,10 @@ class _Operation:
     schema: str
     fake: str  # "module:function", same arguments as the operation
     flops: str  # "module:function", shapes in place of tensors
-    backends: dict[str, str]  # backend name -> "module:function", same arguments less `backend`
+    backends: dict[str, str]  # backend name -> "module:function" or _NATIVE, same arguments less `backend`
 
 
+_NATIVE = "the operation of the same name in the native library"
 _ATTENTION = "jmlr_kernels.shifted_attention"
 _MAXSIM = "jmlr_kernels.maxsim"
 
@@ -41,7 +45,11 @@ _TABLE = (
         " float scale, str backend) -> (Tensor, Tensor)",
         fake=f"{_ATTENTION}.function:fake_forward",
         flops=f"{_ATTENTION}.flops:forward_flops",
-        backends={"triton": f"{_ATTENTION}.triton_forward:forward", "torch": f"{_ATTENTION}.torch_grouped:forward"},
+        backends={
+            "cuda": _NATIVE,
+            "triton": f"{_ATTENTION}.triton_forward:forward",
+            "torch": f"{_ATTENTION}.torch_grouped:forward",
+        },
     ),
     _Operation(
         "shifted_attention_backward",
@@ -49,7 +57,11 @@ _TABLE = (
         " Tensor? cu_seqlens, Tensor? seq_lens, bool wrap, float scale, str backend) -> (Tensor, Tensor, Tensor)",
         fake=f"{_ATTENTION}.function:fake_backward",
         flops=f"{_ATTENTION}.flops:backward_flops",
-        backends={"triton": f"{_ATTENTION}.triton_backward:backward", "torch": f"{_ATTENTION}.torch_grouped:backward"},
+        backends={
+            "cuda": _NATIVE,
+            "triton": f"{_ATTENTION}.triton_backward:backward",
+            "torch": f"{_ATTENTION}.torch_grouped:backward",
+        },
     ),
     _Operation(
         "maxsim_forward",
@@ -58,7 +70,12 @@ _TABLE = (
         " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
         fake=f"{_MAXSIM}.function:fake_forward",
         flops=f"{_MAXSIM}.flops:forward_flops",
-        backends={"triton": f"{_MAXSIM}.triton_forward:forward", "torch": f"{_MAXSIM}.torch_chunked:forward"},
+        backends={
+            "cuda": _NATIVE,
+            "triton": f"{_MAXSIM}.triton_forward:forward",
+            "cpu": _NATIVE,
+            "torch": f"{_MAXSIM}.torch_chunked:forward",
+        },
     ),
     _Operation(
         "maxsim_backward",
@@ -67,7 +84,12 @@ _TABLE = (
         " Tensor? document_scales, str rule, bool candidates, int max_length, str backend) -> (Tensor, Tensor, Tensor)",
         fake=f"{_MAXSIM}.function:fake_backward",
         flops=f"{_MAXSIM}.flops:backward_flops",
-        backends={"triton": f"{_MAXSIM}.triton_backward:backward", "torch": f"{_MAXSIM}.torch_chunked:backward"},
+        backends={
+            "cuda": _NATIVE,
+            "triton": f"{_MAXSIM}.triton_backward:backward",
+            "cpu": _NATIVE,
+            "torch": f"{_MAXSIM}.torch_chunked:backward",
+        },
     ),
     _Operation(
         "maxsim_loss_rows",
@@ -119,17 +141,26 @@ _TABLE = (
 )
 
 
+_ROWS = {operation.name: operation for operation in _TABLE}
+
+
 @cache
 def _load(target: str) -> Callable[..., Any]:
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
+@cache
+def _implementation(name: str, backend: str) -> Callable[..., Any]:
+    target = _ROWS[name].backends[backend]
+    return native.function(name) if target is _NATIVE else _load(target)
+
+
 def _register(operation: _Operation) -> None:
     _library.define(operation.name + operation.schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def implementation(*args: Any) -> Any:
-        return _load(operation.backends[args[-1]])(*args[:-1])
+        return _implementation(operation.name, args[-1])(*args[:-1])
 
     def fake(*args: Any) -> Any:
         return _load(operation.fake)(*args)
@@ -144,10 +175,53 @@ def _register(operation: _Operation) -> None:
 
     # get_raw: the formula needs the values of cu_seqlens and seq_lens, which shapes alone do not hold.
     register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), operation.name), get_raw=True)(flops)
+    if _NATIVE in operation.backends.values():
+        native.register_fake(operation.name, lambda *args: fake(*args, ""))
 
 
 for _operation in _TABLE:
     _register(_operation)
+
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, list, str, int, float, bool, type(None)})
+
+
+def call(operation: str, *arguments: Any) -> Any:
+    """The result of a registered operation; its last argument is the backend.
+
+    The dispatcher is for those who watch it: the compiler, a profiler, a mode such as a FLOP counter, a subclass of
+    Tensor, a transform, a tracer. Where there is none the backend is called directly, which saves some microseconds.
+    """
+    if torch.compiler.is_compiling() or _watched(arguments):
+        return getattr(getattr(torch.ops, NAMESPACE), operation).default(*arguments)
+    return _implementation(operation, arguments[-1])(*arguments[:-1])
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, without the microseconds that it spends on functorch where there is none of it."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_functorch_wrapped_tensor(arguments[0])
+    ):
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def _watched(arguments: tuple[Any, ...]) -> bool:
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return True
+    first = arguments[0]
+    if type(first) is list:
+        if not _PLAIN.issuperset(map(type, first)):
+            return True
+        first = first[0]
+    return first.is_meta or not _PLAIN.issuperset(map(type, arguments))
 
 
 # --------------------------------------------------------------------------- backends
@@ -156,11 +230,6 @@ for _operation in _TABLE:
 def triton_interpreted() -> bool:
     """True when Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-@torch.compiler.assume_constant_result  # torch.compile cannot trace an import
-def _triton_problem() -> str | None:
-    return _import_problem()
 
 
 @cache
@@ -172,28 +241,35 @@ def _import_problem() -> str | None:
     return None
 
 
-def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run here, or None when it can."""
-    if backend == "torch":
-        return None
+BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
+
+
+def _why_not(backend: str, device: torch.device, dtype: torch.dtype, operation: str) -> str | None:
+    """Why `backend` cannot run `operation` here, or None when it can."""
+    backends = _ROWS[operation].backends
+    if backend not in backends:
+        others = " or ".join(f"backend={name!r}" for name in backends)
+        return f"{operation.removesuffix('_forward')} has no native {backend} kernel; use {others}"
+    if backend in ("cuda", "cpu"):
+        return native.why_not(_family(operation), backend, device, dtype)
     if backend == "triton":
         if dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"the Triton kernels take float16, bfloat16 and float32, not {dtype}; use backend='torch'"
-        if _triton_problem():
-            return _triton_problem()
+        if _import_problem():
+            return _import_problem()
         if device.type == "cpu" and not triton_interpreted():
             return "Triton runs on CPU tensors only under TRITON_INTERPRET=1; move the tensors to a GPU"
         if device.type == "cpu" and dtype == torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16"
         if device.type not in ("cpu", "cuda"):
             return f"the Triton kernels run on CUDA devices, not on {device.type!r}; use backend='torch'"
-        return None
-    if backend in ("cuda", "cpu"):
-        return f"this build has no compiled {backend} library; use backend='triton' or 'torch'"
-    return f"unknown backend; choose one of {', '.join(BACKENDS)}"
+    return None
 
 
-BACKENDS = ("auto", "cuda", "triton", "cpu", "torch")
+def _family(operation: str) -> tuple[str, ...]:
+    """The operation and its backward, which must be there too: one backend computes both."""
+    backward = operation.replace("_forward", "_backward")
+    return (operation, backward) if backward != operation and backward in _ROWS else (operation,)
 
 
 @cache
@@ -201,8 +277,8 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def resolve_backend(requested: str, tensor: torch.Tensor) -> str:
-    """The backend that will run: `requested` itself, or for "auto" the fastest one that can.
+def resolve_backend(requested: str, tensor: torch.Tensor, operation: str) -> str:
+    """The backend that will run `operation` on such a tensor: `requested` itself, or for "auto" the fastest that can.
 
     Raises:
         ValueError: `requested` is no backend's name.
@@ -210,23 +286,59 @@ def resolve_backend(requested: str, tensor: torch.Tensor) -> str:
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend={requested!r}: choose one of {', '.join(BACKENDS)}")
-    if requested != "auto":
-        reason = _why_not(requested, tensor.device, tensor.dtype)
-        if reason is not None:
-            raise RuntimeError(f"backend={requested!r} cannot run: {reason}")
-        return requested
-    if tensor.device.type != "cuda":
+    return _resolve(requested, tensor.device, tensor.dtype, operation)
+
+
+def companion_backend(backend: str, tensor: torch.Tensor, operation: str) -> str:
+    """The backend of an operation that goes with another one, which runs on `backend`: the same where it has it."""
+    return backend if backend in _ROWS[operation].backends else resolve_backend("auto", tensor, operation)
+
+
+@torch.compiler.assume_constant_result  # what is installed does not change between two calls
+def _resolve(requested: str, device: torch.device, dtype: torch.dtype, operation: str) -> str:
+    if requested == "auto":
+        return _fastest(device, dtype, operation)
+    reason = _why_not(requested, device, dtype, operation)
+    if reason is not None:
+        raise RuntimeError(f"backend={requested!r} cannot run: {reason}")
+    return requested
+
+
+@cache
+def _fastest(device: torch.device, dtype: torch.dtype, operation: str) -> str:
+    if device.type == "cpu":
+        reason = _why_not("cpu", device, dtype, operation)
+        if reason is None:
+            return "cpu"
+        missed = native.library()
+        if "cpu" in _ROWS[operation].backends and missed.problem and not missed.chosen:
+            _warn_once(f"jmlr_kernels falls back to plain torch on the CPU: {reason}")
         return "torch"
-    reason = _why_not("triton", tensor.device, tensor.dtype)
+    if device.type != "cuda":
+        return "torch"
+    if _why_not("cuda", device, dtype, operation) is None:
+        return "cuda"
+    reason = _why_not("triton", device, dtype, operation)
     if reason is None:
         return "triton"
-    if not torch.compiler.is_compiling():
-        _warn_once(f"jmlr_kernels falls back to plain torch on {tensor.device.type}: {reason}")
+    _warn_once(f"jmlr_kernels falls back to plain torch on {device.type}: {reason}")
     return "torch"
 
 
 def backend_info() -> dict[str, str]:
-    """Each backend's name, and "available" or the reason why it cannot run on this machine."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = [name for name in BACKENDS if name != "auto"]
-    return {name: _why_not(name, device, torch.float32) or "available" for name in names}
+    """Each backend's name, and "available" or the reason why it cannot run on this machine.
+
+    Where a backend has some of its operations only, the text says which.
+    """
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    for backend in BACKENDS[1:]:
+        device = torch.device("cpu") if backend == "cpu" else here
+        rows = [name for name, row in _ROWS.items() if backend in row.backends and not name.endswith("_backward")]
+        texts = {
+            name.removesuffix("_forward"): _why_not(backend, device, torch.float32, name) or "available"
+            for name in rows
+        }
+        one = len(set(texts.values())) == 1
+        found[backend] = texts.popitem()[1] if one else "; ".join(f"{name}: {text}" for name, text in texts.items())
+    return found

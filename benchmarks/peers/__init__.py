@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     from benchmarks.attention_cases import AttentionCase
     from benchmarks.maxsim_cases import MaxSimCase
 
+# By the device whose tensors they take.
 _MAXSIM = {
-    "late_interaction_kernels": "benchmarks.peers.late_interaction",
-    "flash_maxsim": "benchmarks.peers.flash_maxsim",
+    "cuda": {
+        "late_interaction_kernels": "benchmarks.peers.late_interaction",
+        "flash_maxsim": "benchmarks.peers.flash_maxsim",
+    },
+    "cpu": {"maxsim_cpu": "benchmarks.peers.maxsim_cpu"},
 }
 
 
 def maxsim(case: MaxSimCase, device: torch.device) -> dict[str, Candidate]:
     """What the installed peers offer for a case: name -> candidate."""
     found: dict[str, Candidate] = {}
-    for module, adapter in _MAXSIM.items():
+    for module, adapter in _MAXSIM.get(device.type, {}).items():
         if importlib.util.find_spec(module) is not None:
             found |= importlib.import_module(adapter).candidates(case, device)
     return found

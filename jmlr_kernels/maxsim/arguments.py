@@ -10,8 +10,10 @@ from torch import Tensor
 
 def autocast(tensor: Tensor) -> Tensor:
     """The tensor in autocast's dtype where autocast is on; float64 stays."""
+    if not torch._C._is_any_autocast_enabled() or tensor.dtype == torch.float64:
+        return tensor
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if not torch.amp.is_autocast_available(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
@@ -47,57 +49,55 @@ def check(
 
     Returns the longest packed document's length where it is known without waiting for a GPU, else 0.
     """
-    if queries.dim() != 3 or queries.shape[2] == 0:
-        raise ValueError(f"queries must be [Nq, Lq, D] with D >= 1, but its shape is {list(queries.shape)}")
+    query_shape, document_shape, device = queries.shape, documents.shape, queries.device
+    if len(query_shape) != 3 or query_shape[2] == 0:
+        raise ValueError(f"queries must be [Nq, Lq, D] with D >= 1, but its shape is {list(query_shape)}")
     if cu_seqlens is not None:
         dims, wanted = 2, "packed [T, D], as cu_seqlens is given"
     elif candidates:
         dims, wanted = 4, "[Nq, K, Ld, D], or packed [T, D] with cu_seqlens"
     else:
         dims, wanted = 3, "[Nd, Ld, D], or packed [T, D] with cu_seqlens"
-    if documents.dim() != dims:
-        raise ValueError(f"documents must be {wanted}, but its shape is {list(documents.shape)}")
-    if documents.shape[-1] != queries.shape[2]:
+    if len(document_shape) != dims:
+        raise ValueError(f"documents must be {wanted}, but its shape is {list(document_shape)}")
+    if document_shape[-1] != query_shape[2]:
         raise ValueError(
-            f"documents have D={documents.shape[-1]} and queries D={queries.shape[2]}; encode both to one dimension"
+            f"documents have D={document_shape[-1]} and queries D={query_shape[2]}; encode both to one dimension"
         )
-    if dims == 4 and documents.shape[0] != queries.shape[0]:
+    if dims == 4 and document_shape[0] != query_shape[0]:
         raise ValueError(
-            f"documents hold candidates for {documents.shape[0]} queries, but there are {queries.shape[0]} queries"
+            f"documents hold candidates for {document_shape[0]} queries, but there are {query_shape[0]} queries"
         )
-    if not queries.dtype.is_floating_point or queries.dtype != documents.dtype:
+    if queries.dtype != documents.dtype or not queries.is_floating_point():
         raise TypeError(
             f"queries are {queries.dtype} and documents {documents.dtype}; both must share one floating dtype"
         )
     longest = 0
     if cu_seqlens is not None:
-        longest = _check_offsets(cu_seqlens, documents, queries.shape[0] if candidates else None, max_seqlen)
+        longest = _check_offsets(cu_seqlens, documents, query_shape[0] if candidates else None, max_seqlen)
     elif max_seqlen is not None:
         raise ValueError("max_seqlen is for packed documents; leave it out, or pass cu_seqlens")
-    _check_mask("query_mask", query_mask, queries.shape[:2])
-    _check_mask("document_mask", document_mask, documents.shape[:-1])
+    if query_mask is not None:  # slices of a shape are not for free
+        _check_mask("query_mask", query_mask, query_shape[:2])
+    if document_mask is not None:
+        _check_mask("document_mask", document_mask, document_shape[:-1])
     if query_weights is not None:
-        if query_weights.shape != queries.shape[:2]:
+        if query_weights.shape != query_shape[:2]:
             raise ValueError(
-                f"query_weights must be [Nq, Lq] = {list(queries.shape[:2])}, but its shape is"
+                f"query_weights must be [Nq, Lq] = {list(query_shape[:2])}, but its shape is"
                 f" {list(query_weights.shape)}"
             )
         if not query_weights.dtype.is_floating_point:
             raise TypeError(f"query_weights must be floating, but is {query_weights.dtype}; call .float() on it")
-    named = {
-        "documents": documents,
-        "query_mask": query_mask,
-        "document_mask": document_mask,
-        "query_weights": query_weights,
-        "cu_seqlens": cu_seqlens,
-    }
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != queries.device:
-            raise ValueError(f"{name} is on {tensor.device} and queries on {queries.device}; move them together")
+    others = (documents, query_mask, document_mask, query_weights, cu_seqlens)
+    for position, tensor in enumerate(others):
+        if tensor is not None and tensor.device != device:
+            name = ("documents", "query_mask", "document_mask", "query_weights", "cu_seqlens")[position]
+            raise ValueError(f"{name} is on {tensor.device} and queries on {device}; move them together")
     return longest
 
 
-def _check_mask(name: str, mask: Tensor | None, shape: torch.Size) -> None:
+def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
     if mask is None:
         return
     if mask.dtype != torch.bool:

@@ -201,7 +201,7 @@ def maxsim_tokens(
     tensors, switches = prepare(
         queries, documents, query_mask, document_mask, None, cu_seqlens, max_seqlen, normalize, candidates, backend
     )
-    return _forward(tensors, switches, per_token=True, need_winners=False)[0]
+    return _forward(tensors, switches, True, False)[0]
 
 
 # queries, documents, query_mask, document_mask, query_weights, cu_seqlens
@@ -228,6 +228,7 @@ def prepare(
     normalize: bool,
     candidates: bool,
     backend: str,
+    operation: str = "maxsim_forward",
 ) -> tuple[Tensors, Switches]:
     """Checked arguments of one MaxSim problem, jagged documents unpacked, autocast applied, the backend resolved."""
     if documents.is_nested:
@@ -238,22 +239,25 @@ def prepare(
     )
     queries, documents = arguments.autocast(queries), arguments.autocast(documents)
     tensors = (queries, documents, query_mask, document_mask, query_weights, cu_seqlens)
-    return tensors, Switches(candidates, normalize, longest, ops.resolve_backend(backend, queries))
+    return tensors, Switches(candidates, normalize, longest, ops.resolve_backend(backend, queries, operation))
 
 
 def wants_gradient(tensors: Tensors, *others: Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of queries, documents, weights or `others`."""
     if not torch.is_grad_enabled():
         return False
-    asked = (tensors[0], tensors[1], tensors[4], *others)
-    return any(tensor is not None and tensor.requires_grad for tensor in asked)
+    queries, documents, _, _, query_weights, _ = tensors
+    if queries.requires_grad or documents.requires_grad:
+        return True
+    return any(tensor is not None and tensor.requires_grad for tensor in (query_weights, *others))
 
 
 def run_forward(
     tensors: Tensors, switches: Switches, per_token: bool, need_winners: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores or maxima, winners, inverse norms of both sides, without autograd."""
-    return torch.ops.jmlr_kernels.maxsim_forward(
+    return ops.call(
+        "maxsim_forward",
         *tensors,
         switches.candidates,
         switches.normalize,
@@ -270,8 +274,9 @@ Saved = tuple[Tensor | None, ...]
 def to_save(tensors: Tensors, switches: Switches, winners: Tensor, scales: tuple[Tensor, ...]) -> Saved:
     """The nine tensors that :func:`gradients` needs. Masks are kept only where the winners do not say who has none."""
     queries, documents, query_mask, document_mask, query_weights, cu_seqlens = tensors
-    if winner_code(documents, cu_seqlens, switches.max_length).marked:
-        query_mask = document_mask = None
+    if query_mask is not None or document_mask is not None:
+        if winner_code(documents, cu_seqlens, switches.max_length).marked:
+            query_mask = document_mask = None
     kept_scales = scales if switches.normalize else (None, None)
     return queries, documents, winners, query_mask, document_mask, query_weights, cu_seqlens, *kept_scales
 
@@ -283,8 +288,8 @@ def gradients(
     saved: Saved, switches: Switches, rule: str, rule_tensors: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """d(queries), d(documents) and d(weights) (None without weights) from what :func:`to_save` gave."""
-    grad_queries, grad_documents, grad_weights = torch.ops.jmlr_kernels.maxsim_backward(
-        rule_tensors, *saved, rule, switches.candidates, switches.max_length, switches.backend
+    grad_queries, grad_documents, grad_weights = ops.call(
+        "maxsim_backward", rule_tensors, *saved, rule, switches.candidates, switches.max_length, switches.backend
     )
     return grad_queries, grad_documents, None if saved[5] is None else grad_weights
 
@@ -314,19 +319,20 @@ def _maxsim(
         candidates,
         backend,
     )
-    scores, winners = _forward(tensors, switches, per_token=False, need_winners=return_alignment)
     if not return_alignment:
-        return scores
+        return _forward(tensors, switches, False, False)[0]
+    scores, winners = _forward(tensors, switches, False, True)
     _, documents, query_mask, document_mask, _, cu_seqlens = tensors
     code = winner_code(documents, cu_seqlens, switches.max_length)
     positions, valid = decode_winners(winners, code, query_mask, document_mask)
     return scores, positions if valid is None else positions.masked_fill(~valid, -1)
 
 
-def _forward(tensors: Tensors, switches: Switches, per_token: bool, need_winners: bool) -> tuple[Tensor, Tensor]:
+def _forward(tensors: Tensors, switches: Switches, per_token: bool, need_winners: bool) -> tuple[Tensor, ...]:
+    """Scores or maxima, and the winners where they are needed."""
     if wants_gradient(tensors):
-        return _MaxSim.apply(*tensors, switches, per_token)
-    return run_forward(tensors, switches, per_token, need_winners)[:2]
+        return ops.apply(_MaxSim, *tensors, switches, per_token, need_winners)
+    return run_forward(tensors, switches, per_token, need_winners)[: 1 + need_winners]
 
 
 class _MaxSim(torch.autograd.Function):
@@ -341,19 +347,22 @@ class _MaxSim(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         switches: Switches,
         per_token: bool,
-    ) -> tuple[Tensor, Tensor]:
+        need_winners: bool,
+    ) -> tuple[Tensor, ...]:
         tensors = (queries, documents, query_mask, document_mask, query_weights, cu_seqlens)
         scores, winners, *scales = run_forward(tensors, switches, per_token, True)
         ctx.save_for_backward(*to_save(tensors, switches, winners, tuple(scales)))
-        ctx.mark_non_differentiable(winners)
         ctx.switches, ctx.rule = switches, "tokens" if per_token else "scores"
+        if not need_winners:
+            return (scores,)
+        ctx.mark_non_differentiable(winners)
         return scores, winners
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_scores: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_scores: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_queries, grad_documents, grad_weights = gradients(ctx.saved_tensors, ctx.switches, ctx.rule, [grad_scores])
-        return grad_queries, grad_documents, None, None, grad_weights, None, None, None
+        return grad_queries, grad_documents, None, None, grad_weights, None, None, None, None
 
 
 def fake_forward(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import ops
 from .function import SAVED, Switches, Tensors, gradients, prepare, run_forward, to_save, wants_gradient
 
 
@@ -169,7 +170,7 @@ def _run(
     others = (None, None) if further is None else (further[0][1], further[0][3])
     if wants_gradient(tensors, temperatures, others[0]):
         second = None if further is None else further[1]
-        return _RowLoss.apply(*tensors, *others, target, temperatures, switches, second, rule)
+        return ops.apply(_RowLoss, *tensors, *others, target, temperatures, switches, second, rule)
     blocks = [(tensors, switches)] + ([] if further is None else [further])
     scores = [run_forward(*block, per_token=False, need_winners=False)[0] for block in blocks]
     statistics = _statistics(scores, target, temperatures, rule, switches.backend)
@@ -178,9 +179,9 @@ def _run(
 
 def _statistics(scores: list[Tensor], target: Tensor, temperatures: Tensor, rule: str, backend: str) -> Tensor:
     """Statistics [Nq, 6] of one block of scores, or of several under one softmax."""
-    operation = torch.ops.jmlr_kernels.maxsim_loss_rows
+    backend = ops.companion_backend(backend, scores[0], "maxsim_loss_rows")
     blocks = [
-        operation(block, target if position == 0 else None, temperatures, rule, backend)
+        ops.call("maxsim_loss_rows", block, target if position == 0 else None, temperatures, rule, backend)
         for position, block in enumerate(scores)
     ]
     if len(blocks) == 1:

@@ -115,5 +115,5 @@ def maxsim_quantized(
         query_weights,
         cu_seqlens,
         candidates,
-        ops.resolve_backend(backend, queries),
+        ops.resolve_backend(backend, queries, "maxsim_quantized_forward"),
     )

@@ -242,7 +242,7 @@ def maxsim_residual(
 
 
 def _backend(requested: str, queries: Tensor) -> str:
-    resolved = ops.resolve_backend(requested, queries)
+    resolved = ops.resolve_backend(requested, queries, "maxsim_residual_forward")
     if resolved != "triton" or queries.shape[-1] <= RESIDUAL_DIMENSION:
         return resolved
     reason = f"the Triton kernel decodes residual codes up to D={RESIDUAL_DIMENSION}, not D={queries.shape[-1]}"

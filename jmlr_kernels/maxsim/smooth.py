@@ -62,8 +62,9 @@ def maxsim_smooth(
     """
     temperature = _checked_temperature(temperature)
     tensors, switches = prepare(
-        queries, documents, query_mask, document_mask, query_weights, cu_seqlens, None, False, candidates, backend
-    )
+        queries, documents, query_mask, document_mask, query_weights, cu_seqlens, None, False, candidates, backend,
+        "maxsim_smooth_forward",
+    )  # fmt: skip
     if wants_gradient(tensors):
         return _MaxSimSmooth.apply(*tensors, candidates, temperature, switches.backend)
     return torch.ops.jmlr_kernels.maxsim_smooth_forward(*tensors, candidates, temperature, False, switches.backend)[0]

@@ -65,10 +65,10 @@ def shifted_sparse_attention(
     q, k, v = _autocast(q, k, v)
     _check(q, k, v, group_size, cu_seqlens, seq_lens, boundary)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    chosen = _resolve(backend, q.device, q.dtype)
-    if chosen == "triton" and q.shape[-1] > config.WIDEST_HEAD:
+    chosen = ops.resolve_backend(backend, q, "shifted_attention_forward")
+    if chosen in ("cuda", "triton") and q.shape[-1] > config.WIDEST_HEAD:
         chosen = _too_wide(backend)
-    return _ShiftedAttention.apply(q, k, v, cu_seqlens, seq_lens, group_size, boundary == "wrap", scale, chosen)
+    return ops.apply(_ShiftedAttention, q, k, v, cu_seqlens, seq_lens, group_size, boundary == "wrap", scale, chosen)
 
 
 class _ShiftedAttention(torch.autograd.Function):
@@ -85,8 +85,8 @@ class _ShiftedAttention(torch.autograd.Function):
         scale: float,
         backend: str,
     ) -> torch.Tensor:
-        out, lse = torch.ops.jmlr_kernels.shifted_attention_forward.default(
-            q, k, v, group_size, cu_seqlens, seq_lens, wrap, scale, backend
+        out, lse = ops.call(
+            "shifted_attention_forward", q, k, v, group_size, cu_seqlens, seq_lens, wrap, scale, backend
         )
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, seq_lens)
         ctx.options = (group_size, wrap, scale, backend)
@@ -97,9 +97,8 @@ class _ShiftedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse, cu_seqlens, seq_lens = ctx.saved_tensors
         group_size, wrap, scale, backend = ctx.options
-        dq, dk, dv = torch.ops.jmlr_kernels.shifted_attention_backward.default(
-            grad_out, q, k, v, out, lse, group_size, cu_seqlens, seq_lens, wrap, scale, backend
-        )
+        lengths, options = (cu_seqlens, seq_lens), (wrap, scale, backend)
+        dq, dk, dv = ops.call("shifted_attention_backward", grad_out, q, k, v, out, lse, group_size, *lengths, *options)
         return dq, dk, dv, None, None, None, None, None, None
 
 
@@ -134,23 +133,19 @@ def fake_backward(
 # --------------------------------------------------------------------------- arguments
 
 
-@torch.compiler.assume_constant_result
-def _resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    # A constant to the compiler: what is installed does not change between two calls.
-    return ops.resolve_backend(backend, torch.empty(0, dtype=dtype, device=device))
-
-
 @torch.compiler.assume_constant_result  # warns when it is compiled
 def _too_wide(requested: str) -> str:
-    reason = f"the Triton kernels take heads of at most {config.WIDEST_HEAD} dimensions"
-    if requested == "triton":
-        raise RuntimeError(f"backend='triton' cannot run: {reason}; use backend='torch'")
+    reason = f"the GPU kernels take heads of at most {config.WIDEST_HEAD} dimensions"
+    if requested != "auto":
+        raise RuntimeError(f"backend={requested!r} cannot run: {reason}; use backend='torch'")
     ops._warn_once(f"jmlr_kernels falls back to plain torch: {reason}")
     return "torch"
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The rule of torch's own attention: under autocast, floating inputs but float64 take the autocast dtype."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = tensors[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
@@ -177,26 +172,33 @@ def _check(
     if cu_seqlens is not None and seq_lens is not None:
         raise ValueError("cu_seqlens and seq_lens exclude each other: packed rows have no padding; give one of them")
     packed = cu_seqlens is not None
-    layout = "[T, H, D] with cu_seqlens" if packed else "[B, S, H, D] (for packed [T, H, D] give cu_seqlens)"
-    if q.dim() != (3 if packed else 4):
-        raise ValueError(f"q has shape {tuple(q.shape)}; expected {layout}")
-    if k.shape != v.shape or k.dim() != q.dim() or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
+    shape, kv_shape, dim = q.shape, k.shape, 3 if packed else 4
+    if len(shape) != dim:
+        layout = "[T, H, D] with cu_seqlens" if packed else "[B, S, H, D] (for packed [T, H, D] give cu_seqlens)"
+        raise ValueError(f"q has shape {tuple(shape)}; expected {layout}")
+    if (
+        kv_shape != v.shape
+        or len(kv_shape) != dim
+        or kv_shape[0] != shape[0]
+        or kv_shape[dim - 3] != shape[dim - 3]
+        or kv_shape[-1] != shape[-1]
+    ):
         raise ValueError(
-            f"k {tuple(k.shape)} and v {tuple(v.shape)} must have the shape of q {tuple(q.shape)} but for the heads"
+            f"k {tuple(kv_shape)} and v {tuple(v.shape)} must have the shape of q {tuple(shape)} but for the heads"
         )
-    if k.shape[-2] == 0 or q.shape[-2] == 0 or q.shape[-2] % k.shape[-2] != 0:
-        raise ValueError(f"{q.shape[-2]} query heads over {k.shape[-2]} kv heads: give a multiple of the kv heads")
-    if q.shape[-1] == 0:
-        raise ValueError(f"q has shape {tuple(q.shape)}: give heads of at least one dimension")
+    if kv_shape[-2] == 0 or shape[-2] == 0 or shape[-2] % kv_shape[-2] != 0:
+        raise ValueError(f"{shape[-2]} query heads over {kv_shape[-2]} kv heads: give a multiple of the kv heads")
+    if shape[-1] == 0:
+        raise ValueError(f"q has shape {tuple(shape)}: give heads of at least one dimension")
     if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
         raise ValueError(
             f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: cast them to one floating dtype of 16, 32 or 64 bits"
         )
     if not (q.device == k.device == v.device):
         raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one device")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension: call {name}.contiguous()")
+    if shape[-1] > 1 and not (q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
+        name, tensor = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.stride(-1) != 1)
+        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension: call {name}.contiguous()")
     if cu_seqlens is not None:
         _check_lengths("cu_seqlens", cu_seqlens, q, None)
     if seq_lens is not None:

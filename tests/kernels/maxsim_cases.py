@@ -7,8 +7,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from jmlr_kernels import maxsim, maxsim_candidates
+from jmlr_kernels import maxsim, maxsim_candidates, native
 from jmlr_kernels.maxsim.reference import maxsim_reference
+
+# The backends that take CPU tensors here, or CUDA tensors where there is a GPU. Without the native library there are
+# two; tests/native says why it is missing.
+BACKENDS = ["torch", "triton"]
+if native.has("maxsim_backward", "cpu") and not torch.cuda.is_available():
+    BACKENDS.append("cpu")
 
 
 @dataclass
@@ -70,11 +76,12 @@ class Case:
         if self.options.get("normalize"):
             wide = torch.promote_types(queries.dtype, torch.float32)  # float16 cannot hold the floor of the norm
             units = tuple(torch.nn.functional.normalize(side.to(wide), dim=-1).to(side.dtype) for side in units)
-        flat = units[1].reshape(-1, documents.shape[-1])
+        # One row more: a document without tokens may start behind the last one.
+        flat = torch.nn.functional.pad(units[1].reshape(-1, documents.shape[-1]), (0, 0, 0, 1))
         count = winners.shape[1]
         offsets = self.options.get("cu_seqlens")
         if offsets is None:
-            starts = torch.arange(flat.shape[0] // documents.shape[-2]) * documents.shape[-2]
+            starts = torch.arange(documents.shape[:-2].numel()) * documents.shape[-2]
         else:
             starts = offsets[:-1].long().cpu()
         starts = starts.view(-1, count) if self.candidates else starts.expand(winners.shape[0], -1)

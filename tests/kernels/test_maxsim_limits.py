@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from maxsim_cases import Case, make_case
+from maxsim_cases import BACKENDS, Case, make_case
 from torch import Tensor
 
 from jmlr_kernels import maxsim, maxsim_candidates, maxsim_tokens
@@ -13,7 +13,7 @@ from jmlr_kernels.maxsim import config, torch_chunked
 from jmlr_kernels.maxsim.layout import WinnerCode, winner_code
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+everywhere = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def check(case: Case, backend: str) -> None:
@@ -28,7 +28,7 @@ def check(case: Case, backend: str) -> None:
         )
 
 
-@both
+@everywhere
 @pytest.mark.parametrize("dimension", [20, 300])
 @pytest.mark.parametrize("size", [1e-6, 1e-14])
 def test_short_vectors_are_normalised_down_to_the_floor(size: float, dimension: int, backend: str) -> None:
@@ -41,7 +41,7 @@ def test_short_vectors_are_normalised_down_to_the_floor(size: float, dimension: 
     check(case, backend)
 
 
-@both
+@everywhere
 def test_gradient_elements_of_zero_still_have_a_tangent(backend: str) -> None:
     """Sums over winners that are zero in one dimension only: the Jacobian's other term is not."""
     case = make_case(dimension=20, normalize=True, weighted=True)
@@ -51,7 +51,7 @@ def test_gradient_elements_of_zero_still_have_a_tangent(backend: str) -> None:
     check(case, backend)
 
 
-@both
+@everywhere
 @pytest.mark.parametrize("dimension", [20, 300])
 @pytest.mark.parametrize("query_count", [2, 40])
 @pytest.mark.parametrize(("poison", "weighted"), [(float("nan"), False), (float("inf"), True)])
@@ -72,7 +72,7 @@ def test_excluded_tokens_hold_anything_under_normalisation(
         assert torch.equal(value, expected[name]), name
 
 
-@both
+@everywhere
 def test_empty_document_scores_zero_whatever_the_weight(backend: str) -> None:
     weights = torch.tensor([[1.0, float("nan"), float("inf")]], device=DEVICE)
     queries, documents = torch.randn(1, 3, 16, device=DEVICE), torch.randn(2, 5, 16, device=DEVICE)
@@ -82,7 +82,7 @@ def test_empty_document_scores_zero_whatever_the_weight(backend: str) -> None:
     assert scores[0, 0].isnan() and scores[0, 1] == 0
 
 
-@both
+@everywhere
 @pytest.mark.parametrize("packed", [False, True])
 def test_kept_tokens_of_a_long_document(packed: bool, backend: str) -> None:
     """A mask longer than one scan of it, with holes on both sides of each scan's end."""
@@ -90,7 +90,7 @@ def test_kept_tokens_of_a_long_document(packed: bool, backend: str) -> None:
                     masked=True, seed=2), backend)  # fmt: skip
 
 
-@both
+@everywhere
 def test_documents_with_gaps_between_them_are_normalised(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second token of every second document: strides that no length explains."""
     queries = torch.randn(40, 5, 16, device=DEVICE)
@@ -109,7 +109,7 @@ def test_documents_with_gaps_between_them_are_normalised(backend: str, monkeypat
         )
 
 
-@both
+@everywhere
 def test_unused_maxima_send_nothing_whatever_their_winner_holds(backend: str) -> None:
     """A winner of infinity whose maximum the loss does not look at, beside one that it does."""
     queries = torch.ones(1, 2, 1, device=DEVICE, requires_grad=True)
@@ -139,7 +139,7 @@ def test_winners_take_the_smallest_integer(length: int, code: WinnerCode) -> Non
     assert winner_code(torch.zeros(1).expand(10**6, 1), offsets, length - 1) == code._replace(marked=True)
 
 
-@both
+@everywhere
 def test_packed_document_of_256_tokens_beside_an_empty_one(backend: str) -> None:
     """The last of 256 positions and nobody are two values."""
     case = make_case(query_count=2, documents=2, query_length=3, document_length=256, dimension=4, packed=True)
@@ -151,7 +151,9 @@ def test_packed_document_of_256_tokens_beside_an_empty_one(backend: str) -> None
     check(case, backend)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.slow) if name == "triton" else name for name in BACKENDS]
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_document_of_65536_tokens(masked: bool, backend: str) -> None:
     """Every value of two bytes is a position; who has no winner follows from the masks."""
@@ -165,7 +167,7 @@ def test_document_of_65536_tokens(masked: bool, backend: str) -> None:
     check(case, backend)
 
 
-@both
+@everywhere
 @pytest.mark.parametrize("candidates", [False, True])
 def test_packed_documents_emptied_by_their_mask_score_zero(candidates: bool, backend: str) -> None:
     """Scored without winners, which would say so."""
@@ -189,7 +191,7 @@ def test_normalised_gradients_in_slices(candidates: bool, packed: bool, monkeypa
     check(case, "torch")
 
 
-@both
+@everywhere
 def test_tokens_of_no_packed_document_have_no_gradient(backend: str) -> None:
     """Offsets that end before the tokens do, which are not looked at on a GPU."""
     queries, documents = torch.randn(2, 3, 16, device=DEVICE), torch.randn(12, 16, device=DEVICE)
@@ -205,7 +207,7 @@ def test_tokens_of_no_packed_document_have_no_gradient(backend: str) -> None:
         assert gradient.isfinite().all() and (gradient[9:] == 0).all() and (gradient[:9] != 0).any()
 
 
-@both
+@everywhere
 def test_longer_documents_than_promised_are_loud(backend: str) -> None:
     """Under torch.compile offsets are not looked at; a winner that does not fit its integer makes the score NaN."""
     queries, documents = torch.randn(2, 3, 16, device=DEVICE), torch.randn(290, 16, device=DEVICE)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from maxsim_cases import make_case
+from maxsim_cases import BACKENDS, make_case
 from oracles import assert_as_exact_as_torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
@@ -133,12 +133,13 @@ def test_distillation_matches_its_definition(loss: str, packed: bool, normalize:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["contrastive", "negatives", "kl", "margin_mse"])
-def test_kernels_match_float64(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_kernels_match_float64(backend: str, kind: str, dtype: torch.dtype) -> None:
     """Every rule of the kernels, with masks, holes, weights and normalisation, by the tolerance rule.
 
     The tensors are small, and plain torch may err by next to nothing out of luck: several cases are judged together.
     """
-    cases = [_against_float64(kind, dtype, seed) for seed in range(3, 7)]
+    cases = [_against_float64(backend, kind, dtype, seed) for seed in range(3, 7)]
     for position, found in enumerate(zip(*cases, strict=True)):
         if position == 4:  # d(temperature) of a few cases says nothing: test_row_statistics_match_float64 has many
             continue
@@ -146,7 +147,7 @@ def test_kernels_match_float64(kind: str, dtype: torch.dtype) -> None:
         assert_as_exact_as_torch(f"{kind} {position}", *together)
 
 
-def _against_float64(kind: str, dtype: torch.dtype, seed: int) -> list[list[Tensor]]:
+def _against_float64(backend: str, kind: str, dtype: torch.dtype, seed: int) -> list[list[Tensor]]:
     """(found, plain torch in the same precision, exact) of the loss and every gradient."""
     candidates = kind in ("kl", "margin_mse")
     case = make_case(candidates=candidates, masked=True, weighted=True, document_length=12, dimension=16, seed=seed).to(
@@ -162,7 +163,7 @@ def _against_float64(kind: str, dtype: torch.dtype, seed: int) -> list[list[Tens
     moved = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in options.items()}
 
     def fused(q: Tensor, d: Tensor, w: Tensor, t: Tensor, n: Tensor | None) -> Tensor:
-        common = {"temperature": t, "query_weights": w, "backend": "triton", **moved}
+        common = {"temperature": t, "query_weights": w, "backend": backend, **moved}
         if candidates:
             return maxsim_distillation_loss(q, d, teacher.float().to(DEVICE), loss=kind, **common)
         return maxsim_contrastive_loss(q, d, labels.to(DEVICE), negatives=n, **common)
@@ -218,7 +219,7 @@ def test_row_statistics_match_float64(kind: str, backend: str) -> None:
         assert_as_exact_as_torch(f"{kind} {name}", *(value.cpu() for value in triple))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_label_offset_is_a_rank(backend: str) -> None:
     """Two ranks' queries against all gathered documents: each rank's loss is its part of the whole."""
     case = make_case(query_count=4, documents=4).to(torch.float32)
@@ -232,7 +233,7 @@ def test_label_offset_is_a_rank(backend: str) -> None:
         torch.testing.assert_close(part, whole[mine])
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_teacher_rules_a_candidate_out(backend: str) -> None:
     case = make_case(candidates=True, query_count=2).to(torch.float32)
     leaves = [case.queries.to(DEVICE), case.documents.to(DEVICE)]
@@ -249,7 +250,7 @@ def test_teacher_rules_a_candidate_out(backend: str) -> None:
     torch.testing.assert_close(found[0].cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_many_documents_take_several_blocks(backend: str) -> None:
     """More documents than one pass over a row holds, with a score far above those before it."""
     queries = torch.randn(2, 1, 16, device=DEVICE)
@@ -306,7 +307,7 @@ def test_gradients_in_slices_of_documents(monkeypatch: pytest.MonkeyPatch) -> No
     compared(differentiated(losses, leaves), whole)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bitwise_repeatable(backend: str) -> None:
     case = make_case(query_count=4, documents=4, masked=True, weighted=True).to(torch.float32)
     leaves = [tensor.to(DEVICE) for tensor in (case.queries, case.documents, case.query_weights)]

@@ -1,0 +1,48 @@
+// Every operation of the native library: schemas here, one function per family and device in csrc/<family>/torch_*.cpp.
+//
+// The schemas are those of jmlr_kernels/ops.py less the backend's name; tests/native/test_library.py compares them.
+// A family registers what it has with STABLE_TORCH_LIBRARY_IMPL in its own file, so that a build without CUDA simply
+// lacks those files. There is no autograd here: the stable ABI has none, and jmlr_kernels adds it in Python.
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+STABLE_TORCH_LIBRARY(jmlr_native, library) {
+    library.def("build_info() -> str");
+    library.def("cpu_instructions() -> str");  // what the CPU path of MaxSim runs with: avx2, avx512, ...
+    library.def(
+        "shifted_attention_forward(Tensor q, Tensor k, Tensor v, int group_size, Tensor? cu_seqlens,"
+        " Tensor? seq_lens, bool wrap, float scale) -> (Tensor, Tensor)");
+    library.def(
+        "shifted_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+        " int group_size, Tensor? cu_seqlens, Tensor? seq_lens, bool wrap, float scale) -> (Tensor, Tensor, Tensor)");
+    library.def(
+        "maxsim_forward(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask,"
+        " Tensor? query_weights, Tensor? cu_seqlens, bool candidates, bool normalize, bool per_token,"
+        " bool need_winners, int max_length) -> (Tensor, Tensor, Tensor, Tensor)");
+    library.def(
+        "maxsim_backward(Tensor[] rule_tensors, Tensor queries, Tensor documents, Tensor winners,"
+        " Tensor? query_mask, Tensor? document_mask, Tensor? query_weights, Tensor? cu_seqlens,"
+        " Tensor? query_scales, Tensor? document_scales, str rule, bool candidates, int max_length)"
+        " -> (Tensor, Tensor, Tensor)");
+}
+
+namespace {
+
+#ifndef JMLR_CUDA_TARGETS  // a build without CUDA
+#define JMLR_CUDA_TARGETS ""
+#define JMLR_CUDA_VERSION ""
+#endif
+
+// JSON. The CUDA targets are those of the machine code (80, 90a) and of the PTX (80+PTX).
+std::string build_info() {
+    return "{\"compiler\": \"" __VERSION__ "\", \"cuda\": \"" JMLR_CUDA_VERSION "\", \"cuda_targets\": \"" JMLR_CUDA_TARGETS "\"}";
+}
+
+}  // namespace
+
+// Without a tensor argument there is no device to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CompositeExplicitAutograd, library) {
+    library.impl("build_info", TORCH_BOX(&build_info));
+}

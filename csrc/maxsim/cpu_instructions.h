@@ -1,0 +1,61 @@
+// The vectorised inner loops of the CPU path, one set per instruction set, as a table of function pointers.
+//
+// The functions are written once (cpu_kernels.h) over a small vector type and compiled once for each instruction set
+// (cpu_portable.cpp, cpu_avx2.cpp, cpu_avx512.cpp, cpu_avx512bf16.cpp); cpu_dispatch.cpp chooses when the program runs.
+
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace jmlr::maxsim::cpu {
+
+// Query rows of a panel: this many vectors side by side. Two suffice to hide the latency of loads and products.
+constexpr int widest_panel = 2;
+
+// The maxima of one panel of query rows over a run of document tokens.
+//
+// The panel holds, for every step along the embedding dimension, one 32-bit unit of each row: a float, or a pair of
+// bfloat16. Document rows are read where they lie, in the same units.
+struct PanelTask {
+    const void* panel = nullptr;  // [steps][vectors * lanes] units, aligned to 64 bytes
+    int vectors = 0;              // 1 to widest_panel
+    int64_t steps = 0;            // units of a row, a last half pair included
+    bool half_step = false;       // the last unit of a document row is half a pair: nothing is read behind it
+    const char* first_row = nullptr;  // token k's row is first_row + k * row_bytes,
+    int64_t row_bytes = 0;
+    const char* const* rows = nullptr;  // or rows[k], where excluded tokens lie between
+    int64_t tokens = 0;                 // at least 1
+    int64_t prefetch_rows = 0;          // how far ahead of their products document rows are asked for
+    const float* scales = nullptr;      // null, or one factor for each token's similarities
+    float* best = nullptr;              // [vectors * lanes] maxima so far, updated
+    int32_t* winners = nullptr;         // the same of their positions; null: not asked for
+    int32_t first_position = 0;         // of the first token
+};
+
+struct Instructions {
+    const char* name;
+    int lanes;  // floats in a vector
+    // Maxima of similarities, float32 throughout; and of bfloat16 by pairs, null where the processor has no such product.
+    void (*maxima)(const PanelTask& task);
+    void (*maxima_of_pairs)(const PanelTask& task);
+    // sum[d] += coefficients[k] * rows[k][d] for k = 0, 1, ..., in this order.
+    void (*weighted_sum)(Type type, const void* const* rows, const float* coefficients, int64_t count, int64_t dimension,
+                         float* sum);
+    float (*dot)(const float* a, const float* b, int64_t dimension);
+    void (*widen)(Type type, const void* from, int64_t dimension, float* to);
+    void (*narrow)(Type type, const float* from, int64_t dimension, void* to);  // to the nearest, ties to even
+};
+
+const Instructions& portable_instructions();
+// On x86-64 only.
+const Instructions& avx2_instructions();
+const Instructions& avx512_instructions();
+const Instructions& avx512bf16_instructions();
+
+// The best set that this processor runs, no better than the environment variable JMLR_CPU_ISA (portable, avx2, avx512,
+// avx512bf16) says; read once. Throws std::runtime_error where the variable names no set, or one that cannot run.
+const Instructions& instructions();
+
+}  // namespace jmlr::maxsim::cpu
