@@ -4,6 +4,9 @@
 # make check   formatter, linter, types
 # make bench   both operations on this CPU, against torch and maxsim-cpu  OUT=runs/bench
 # make aot     compile every Triton configuration for sm_80/90/100      (no GPU needed)
+# make wheel   the native library and the package in one wheel, in dist/  JMLR_CUDA_ARCHS="80;90a"
+# make test-wheel   that wheel in a new environment, tested without the sources
+# make wheel-matrix the same under another torch and Python, result kept  TORCH=2.10.0 PYTHON=python3.12
 # make gpu     GPU tests, timings and a few training steps              OUT=dir  (no network, no environment of its own)
 # make tune    time the kernels' tile sizes on this GPU                  ARGS="attention --budget 600"
 # make profile what limits the kernels: Nsight Compute's counters         (needs a GPU and ncu)
@@ -11,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help train test test-slow test-oldest check bench aot gpu tune profile clean
+.PHONY: help train test test-slow test-oldest check bench aot wheel test-wheel wheel-matrix gpu tune profile clean
 
 RECIPE ?= quickstart
 ARGS ?=
@@ -45,7 +48,14 @@ help:
 		{ echo "$(PYTHON) cannot make virtual environments: install python3-venv (apt-get install python3-venv)" >&2; exit 1; }
 	@echo "installing into .venv-$*: the first time takes a few minutes"
 	@$(PYTHON) -m venv .venv-$*
-	@.venv-$*/bin/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@JMLR_NATIVE=0 .venv-$*/bin/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+# The native library in the source tree, compiled for the torch of an environment. Its CUDA part takes minutes and is
+# built only where there is a GPU to use it; a wheel always has it.
+.venv-%/.native: .venv-%/.installed $(shell find csrc -type f -not -name '*.pyc')
+	@JMLR_CUDA_ARCHS="$${JMLR_CUDA_ARCHS:-$$(nvidia-smi -L 2>/dev/null | grep -q GPU || echo none)}" \
+		.venv-$*/bin/python csrc/build_library.py
 	@touch $@
 
 .venv-%/.weights: .venv-%/.installed
@@ -56,13 +66,13 @@ help:
 	@.venv-$*/bin/python -m pip install --quiet --no-deps -c constraints.txt $(PEERS) $(PEERS_NEED)
 	@touch $@
 
-train: .venv-train/.installed $(if $(filter $(RECIPES_WITH_WEIGHTS),$(RECIPE)),.venv-train/.weights)
+train: .venv-train/.native $(if $(filter $(RECIPES_WITH_WEIGHTS),$(RECIPE)),.venv-train/.weights)
 	@.venv-train/bin/jmlr train --recipe $(RECIPE) $(ARGS)
 
-test: .venv-test/.installed .venv-test/.weights .venv-test/.peers
+test: .venv-test/.native .venv-test/.weights .venv-test/.peers
 	.venv-test/bin/python -m pytest -q -m "not slow and not gpu" $(ARGS)
 
-test-slow: .venv-test/.installed .venv-test/.weights .venv-test/.peers
+test-slow: .venv-test/.native .venv-test/.weights .venv-test/.peers
 	.venv-test/bin/python -m pytest -q -m "slow and not gpu" --timeout=2400 $(ARGS)
 
 # The package itself is not installed there: jmlr needs a newer transformers, the kernels and their plug-in do not.
@@ -82,7 +92,7 @@ check: .venv-test/.installed
 	.venv-test/bin/mypy
 
 bench: OUT ?= runs/bench
-bench: .venv-test/.installed .venv-test/.peers
+bench: .venv-test/.native .venv-test/.peers
 	@mkdir -p $(OUT)
 	.venv-test/bin/python -m benchmarks.cpu --out $(OUT)/maxsim-cpu.json
 	.venv-test/bin/python -m pytest -q -o python_files='bench_*.py' -o python_functions='bench_*' benchmarks/kernels \
@@ -90,6 +100,21 @@ bench: .venv-test/.installed .venv-test/.peers
 
 aot: .venv-test/.installed
 	.venv-test/bin/python -m tools.aot $(ARGS)
+
+# pip builds in an environment of its own and looks for torch where it runs: in .venv-test.
+wheel: .venv-test/.installed
+	@rm -rf dist build/lib* build/bdist*
+	JMLR_NATIVE=1 .venv-test/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	.venv-test/bin/python -m tools.wheel check dist/*.whl
+
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
+test-wheel:
+	@ls dist/*.whl >/dev/null 2>&1 || $(MAKE) wheel
+	$(PYTHON) -m tools.wheel test dist/*.whl --torch $(TORCH) --constraints constraints.txt
+
+wheel-matrix:
+	$(PYTHON) -m tools.wheel test dist/*.whl --torch $(TORCH) --out benchmarks/results/wheel
 
 # A GPU machine brings its own torch: nothing is installed there, and the working tree is the package.
 GPU_PYTHON = PYTHONPATH=. $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
@@ -104,5 +129,6 @@ profile:
 	$(GPU_PYTHON) -m tools.profile $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .venv-train .venv-test .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info jmlr_kernels/_C.so jmlr_kernels/_build.json
+	rm -rf .venv-train .venv-test .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

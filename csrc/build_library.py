@@ -92,9 +92,9 @@ def _plan(environment: Mapping[str, str]) -> Plan:
 
 
 def _plan_cuda(found: Plan, environment: Mapping[str, str]) -> None:
-    archs = environment.get("JMLR_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";")
+    archs = (environment.get("JMLR_CUDA_ARCHS") or DEFAULT_ARCHS).replace(",", ";").split(";")
     archs = [arch.strip().replace(".", "").removeprefix("sm_") for arch in archs if arch.strip()]
-    if archs in (["none"], []):
+    if archs == ["none"]:
         found.cuda_problem = "it was built with JMLR_CUDA_ARCHS=none"
         return
     wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
@@ -278,11 +278,15 @@ def write_record(found: Plan, path: Path) -> None:
 
 
 def main() -> int:
-    """Build into the source tree."""
+    """Build into the source tree; 0 too where there is nothing to build with, which the record then says."""
     package = SOURCES.parent / "jmlr_kernels"
     try:
         found = plan()
-        build(found, package / "_C.so", SOURCES.parent / "build" / "native")
+        if found.problem:
+            print(f"no native library: {found.problem}")
+            (package / "_C.so").unlink(missing_ok=True)
+        else:
+            build(found, package / "_C.so", SOURCES.parent / "build" / "native")
     except (RuntimeError, subprocess.CalledProcessError) as error:
         print(f"build_library: {error}", file=sys.stderr)
         return 1

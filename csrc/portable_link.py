@@ -27,7 +27,7 @@ def is_portable(version: str) -> bool:
     return name not in LIMITS or (digits[:1].isdigit() and _number(version) <= LIMITS[name])
 
 
-def _symbols(library: Path, which: str) -> list[tuple[str, str, str]]:
+def symbols(library: Path, which: str) -> list[tuple[str, str, str]]:
     """(kind, symbol, version) of the dynamic symbols; the version of an unversioned one is empty."""
     printed = subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True).stdout
     return re.findall(r"^[0-9a-f]* *(\w) ([^@\s]+)@{0,2}(\S*)$", printed, re.MULTILINE)
@@ -38,12 +38,24 @@ def not_portable(library: Path) -> list[str]:
 
     A symbol without a version is in none of the libraries that were linked; those of libtorch are expected.
     """
-    wanted = [one for one in _symbols(library, "--undefined-only") if one[0] == "U"]
+    wanted = [one for one in symbols(library, "--undefined-only") if one[0] == "U"]
     return [
         f"{symbol}@{version}".rstrip("@")
         for _, symbol, version in wanted
         if not (is_portable(version) if version else re.match("(aoti_)?torch_", symbol))
     ]
+
+
+def needed_libraries(library: Path) -> list[str]:
+    """What the library asks the loader for."""
+    printed = subprocess.run(["objdump", "-p", str(library)], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+NEEDED\s+(\S+)$", printed, re.MULTILINE)
+
+
+def unexpected_libraries(library: Path) -> list[str]:
+    """What it asks for besides libtorch and the system's own."""
+    known = r"(libtorch|libc|libm|libstdc\+\+|libgcc_s|ld-linux.*)\.so"
+    return [name for name in needed_libraries(library) if not re.match(known, name)]
 
 
 def link(compiler: str, command: Callable[[list[str]], list[str]], library: Path, scratch: Path) -> None:
@@ -62,7 +74,7 @@ def _stub(compiler: str, name: str, scratch: Path) -> Path:
     printed = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
     newest: dict[str, str] = {}
     kinds: dict[str, str] = {}
-    for kind, symbol, version in _symbols(Path(printed.strip()), "--defined-only"):
+    for kind, symbol, version in symbols(Path(printed.strip()), "--defined-only"):
         if symbol != version and version.startswith("GLIBC_") and is_portable(version):
             newest[symbol] = max(newest.get(symbol, version), version, key=_number)
             kinds[symbol] = "object" if kind in "BDRVG" else "function"

@@ -231,7 +231,8 @@ PHASES: dict[str, Callable[[Context, float], Phase]] = {
 
 
 def _environment(wheels: Path, caches: Path) -> dict[str, str]:
-    """The phases' environment: the working tree and the unpacked wheels come first on the module path.
+    """The phases' environment: the working tree and the unpacked wheels come first on the module path. Where the tree
+    has no native library and a wheel of this package lies among them, its library is used.
 
     Compiled kernels lie in `caches`, which all phases share and nobody else does.
     """
@@ -239,6 +240,9 @@ def _environment(wheels: Path, caches: Path) -> dict[str, str]:
     environment |= {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
     if os.environ.get("PYTHONPATH"):
         environment["PYTHONPATH"] += os.pathsep + os.environ["PYTHONPATH"]
+    built_here, built_elsewhere = ROOT / "jmlr_kernels" / "_C.so", wheels / "jmlr_kernels" / "_C.so"
+    if built_elsewhere.is_file() and not built_here.is_file():
+        environment.setdefault("JMLR_LIBRARY", str(built_elsewhere))
     return environment
 
 

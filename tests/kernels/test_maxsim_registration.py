@@ -66,7 +66,7 @@ def test_autocast_takes_its_dtype_and_keeps_float32_scores() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         scores = maxsim(queries, documents, query_weights=weights, **case.options)
         scores.backward(case.grad_scores)
-    rounded = case.to(torch.bfloat16).run("torch")
+    rounded = case.to(torch.bfloat16).run("auto")
     assert scores.dtype == torch.float32 and torch.equal(scores, rounded["scores"])
     assert queries.grad.dtype == torch.float32 and torch.equal(queries.grad, rounded["grad_queries"].float())
     assert torch.equal(documents.grad, rounded["grad_documents"].float())
