@@ -1,10 +1,12 @@
 """MaxSim on this CPU against torch, einsum and maxsim-cpu, in turns in one process: `make bench`, or
 
     python -m benchmarks.cpu [--out FILE] [--threads N] [--seconds S]
+    python -m benchmarks.cpu --processor-time
 
-Every candidate is compared with float64 before it is timed. The ceiling is measured in the same run, before and after,
-by a loop of fused products in registers (cpu_peak.cpp, where there is a C++ compiler): other processes take their
-share of it too. docs/maxsim-cpu.md reads the result.
+Every candidate is compared with float64 before it is timed. The second form counts the seconds that the processor spent
+on each, with one thread: on a machine that others use too, the only ones that repeat. The ceiling is measured in the
+same run, before and after, by a loop of fused products in registers (cpu_peak.cpp, where there is a C++ compiler).
+docs/maxsim-cpu.md reads the result.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,7 +56,9 @@ def peak_gflops(threads: int) -> dict[str, float] | None:
     return {"float32": float32, "bfloat16": pairs or float32}
 
 
-def run_case(case: MaxSimCase, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def run_case(
+    case: MaxSimCase, dtype: torch.dtype, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
     """Milliseconds of every candidate, by direction; `problems` says who was not timed, and why."""
     directions = [FORWARD, STEP] if case.backward else [FORWARD]
     candidates = {name: some for name, some in maxsim.candidates(case, CPU, 0).items() if name not in LEFT_OUT}
@@ -60,7 +66,7 @@ def run_case(case: MaxSimCase, dtype: torch.dtype, seconds: float) -> dict[str, 
     problems = {name: record["problem"] for name, record in records.items() if "problem" in record}
     results: Results = {}
     for direction in directions:
-        timed = race(ready[direction], CPU, seconds)
+        timed = race(ready[direction], CPU, seconds, clock)
         problems |= timed.failures
         results[direction] = {name: asdict(timing) for name, timing in timed.timings.items()}
     flops = {FORWARD: case.forward_flops(), STEP: case.forward_flops() + case.backward_flops()}
@@ -97,16 +103,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write JSON there")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case and direction")
+    parser.add_argument("--processor-time", action="store_true", help="of one thread, instead of the time on the wall")
     arguments = parser.parse_args()
+    if arguments.processor_time:
+        arguments.threads = 1
+    clock = time.process_time if arguments.processor_time else time.perf_counter
     torch.set_num_threads(arguments.threads)
-    os.environ["RAYON_NUM_THREADS"] = str(arguments.threads)  # maxsim-cpu's own threads
+    for variable in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS"):  # maxsim-cpu's own threads, read when it is imported
+        os.environ[variable] = str(arguments.threads)
     peaks = [peak_gflops(arguments.threads)]
     instructions = torch.ops.jmlr_native.cpu_instructions() if native.has("maxsim_backward", "cpu") else None
     print(f"threads: {arguments.threads}; instructions: {instructions or native.library().problem}; peak: {peaks[0]}")
     results = []
     for case in CPU_CASES:
         for dtype in (torch.float32, torch.bfloat16):
-            results.append(run_case(case, dtype, arguments.seconds))
+            results.append(run_case(case, dtype, arguments.seconds, clock))
             print("\n".join(lines(results[-1], peaks[0])), flush=True)
     peaks.append(peak_gflops(arguments.threads))
     print(f"peak afterwards: {peaks[1]}")
@@ -116,6 +127,7 @@ def main() -> int:
         record = {
             "environment": describe(),
             "threads": arguments.threads,
+            "clock": "processor" if arguments.processor_time else "wall",
             "instructions": instructions,
             "peak_gflops": peaks,
             "results": results,

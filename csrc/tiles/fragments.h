@@ -87,10 +87,10 @@ struct Fragments<float> {
     // Within a fragment, slot t of k stands for k = 2t and slot t + 4 for 2t + 1, in a and b alike: a sum over k does
     // not mind, and accumulators become operands without moving between lanes.
     struct A {
-        uint32_t high[4], low[4];
+        uint32_t high[4], low[4], finite[4];
     };
     struct B {
-        uint32_t high[2], low[2];
+        uint32_t high[2], low[2], finite[2];
     };
     struct BPair {
         B b[2];
@@ -126,33 +126,40 @@ struct Fragments<float> {
 
     static JMLR_DEVICE A from_accumulators(const float (*c)[4]) { return split_a(c[0][0], c[0][2], c[0][1], c[0][3]); }
 
+    // Summed up outside of the tensor cores, which cut instead of rounding: over a long sum that costs several bits.
     static JMLR_DEVICE void multiply(float (&c)[4], const A& a, const B& b) {
-        multiply_add<Tf32>(c, a.low, b.high);
-        multiply_add<Tf32>(c, a.high, b.low);
-        multiply_add<Tf32>(c, a.high, b.high);
+        float product[4] = {};
+        multiply_add<Tf32>(product, a.low, b.finite);
+        multiply_add<Tf32>(product, a.finite, b.low);
+        multiply_add<Tf32>(product, a.high, b.high);
+        JMLR_UNROLL
+        for (int i = 0; i < 4; ++i) c[i] += product[i];
     }
 
 private:
-    // An infinite or NaN number has no lower part: infinity minus infinity must not appear.
-    static JMLR_DEVICE void split(float x, uint32_t& high, uint32_t& low) {
+    // An infinite or NaN number has no lower part, and its upper part meets no lower one (`finite` is zero then):
+    // neither infinity minus infinity nor infinity times zero may appear where the factors themselves have none.
+    static JMLR_DEVICE void split(float x, uint32_t& high, uint32_t& low, uint32_t& finite) {
         high = to_tf32(x);
+        bool infinite = (high & 0x7f800000u) == 0x7f800000u;
         float rest = x - bit_cast<float>(high);
-        low = (high & 0x7f800000u) == 0x7f800000u ? 0u : to_tf32(rest);
+        low = infinite ? 0u : to_tf32(rest);
+        finite = infinite ? 0u : high;
     }
 
     static JMLR_DEVICE A split_a(float x0, float x1, float x2, float x3) {
         A a;
-        split(x0, a.high[0], a.low[0]);
-        split(x1, a.high[1], a.low[1]);
-        split(x2, a.high[2], a.low[2]);
-        split(x3, a.high[3], a.low[3]);
+        split(x0, a.high[0], a.low[0], a.finite[0]);
+        split(x1, a.high[1], a.low[1], a.finite[1]);
+        split(x2, a.high[2], a.low[2], a.finite[2]);
+        split(x3, a.high[3], a.low[3], a.finite[3]);
         return a;
     }
 
     static JMLR_DEVICE B split_b(float x0, float x1) {
         B b;
-        split(x0, b.high[0], b.low[0]);
-        split(x1, b.high[1], b.low[1]);
+        split(x0, b.high[0], b.low[0], b.finite[0]);
+        split(x1, b.high[1], b.low[1], b.finite[1]);
         return b;
     }
 };

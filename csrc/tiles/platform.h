@@ -8,10 +8,13 @@
 #define JMLR_DEVICE __device__ __forceinline__
 #define JMLR_BOTH __host__ __device__ __forceinline__
 #define JMLR_UNROLL _Pragma("unroll")
+#define JMLR_PRAGMA(text) _Pragma(#text)
+#define JMLR_UNROLL_BY(count) JMLR_PRAGMA(unroll(count))
 #else
 #define JMLR_DEVICE inline
 #define JMLR_BOTH inline
 #define JMLR_UNROLL
+#define JMLR_UNROLL_BY(count)
 #endif
 
 namespace tiles {

@@ -12,6 +12,7 @@
 //                                                  the others after a wait and a barrier.
 //   commit_copies()  wait_copies<n>()              close a group of copies; wait until at most n groups are under way
 //   shuffle_xor(value, mask)  shuffle(value, lane)  ballot(bit)   among the 32 lanes, all of which must call them
+//   count_bits(bits)  lowest_bit(bits)             how many are set; the number of the lowest, -1 without any
 //   load_matrices(registers, row)                  ldmatrix: four 8 x 8 matrices of 16-bit elements; lane l gives the
 //                                                  address of row l % 8 of matrix l / 8; load_matrices_transposed too
 //   multiply_add<Element>(c, a, b)                 mma.sync: c[16, 8] += a[16, K] b[K, 8]; K = 16, for tf32 8

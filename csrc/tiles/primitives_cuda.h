@@ -71,6 +71,9 @@ JMLR_DEVICE T shuffle(T value, int from) {
 
 JMLR_DEVICE uint32_t ballot(bool bit) { return __ballot_sync(0xffffffffu, bit); }
 
+JMLR_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
+JMLR_DEVICE int lowest_bit(uint32_t bits) { return __ffs(int(bits)) - 1; }
+
 template <class T>
 JMLR_DEVICE void load_matrices(uint32_t (&r)[4], Shared<T> row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -122,6 +122,13 @@ struct Products {
     float c[4];
 };
 
+// Tensor cores add exact products and cut the sum once (Fasi et al., "Numerical behavior of NVIDIA tensor cores",
+// 2021), so errors of long sums do not cancel: the host must not be more exact than that.
+inline float toward_zero(double x) {
+    float rounded = float(x);
+    return std::fabs(double(rounded)) > std::fabs(x) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
 // Fragment layouts of the PTX manual, section on mma.m16n8k16 (16 bits) and mma.m16n8k8 (tf32).
 template <class Element>
 inline void multiply_add(const Operands** in, Products** out) {
@@ -150,9 +157,9 @@ inline void multiply_add(const Operands** in, Products** out) {
         int g = l / 4, t = l % 4;
         for (int i = 0; i < 4; ++i) {
             int row = g + i / 2 * 8, column = t * 2 + i % 2;
-            float sum = in[l]->c[i];
-            for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k][column];
-            out[l]->c[i] = sum;
+            double sum = in[l]->c[i];
+            for (int k = 0; k < kDepth; ++k) sum += double(a[row][k]) * b[k][column];
+            out[l]->c[i] = toward_zero(sum);
         }
     }
 }
@@ -188,6 +195,9 @@ inline uint32_t ballot(bool bit) {
         for (int l = 0; l < kWarp; ++l) *out[l] = bits;
     });
 }
+
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+inline int lowest_bit(uint32_t bits) { return __builtin_ffs(int(bits)) - 1; }
 
 template <class T>
 inline void load_matrices(uint32_t (&r)[4], Shared<T> row) {

@@ -23,21 +23,31 @@ def sources() -> list[Path]:
     return sorted(HERE.glob("*.cpp"))
 
 
-def build(directory: Path, sanitize: bool = False) -> Path:
-    """The module's path in `directory`; raises RuntimeError with the compiler's words where it does not compile."""
+def build(
+    directory: Path,
+    sanitize: bool = False,
+    here: Path = HERE,
+    chosen: list[Path] | None = None,
+    extra: tuple[str, ...] = (),
+) -> Path:
+    """The module's path in `directory`; raises RuntimeError with the compiler's words where it does not compile.
+
+    `here` is this folder or a copy of it, `chosen` the sources where not all are built, `extra` flags that come last.
+    """
     import pybind11
 
     directory.mkdir(parents=True, exist_ok=True)
-    flags = [*FLAGS, f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    flags = [*FLAGS, f"-I{here}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     if sanitize:
         flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    flags += extra
     compiler = os.environ.get("CXX", "g++")
     target = directory / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     objects = []
     ninja = ["ninja_required_version = 1.5", f"flags = {' '.join(flags)}", "rule compile"]
     ninja += [f"  command = {compiler} -MD -MF $out.d $flags -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
     ninja += ["rule link", f"  command = {compiler} -shared $flags $in -o $out"]
-    for source in sources():
+    for source in sources() if chosen is None else chosen:
         objects.append(f"{source.stem}.o")
         ninja.append(f"build {source.stem}.o: compile {source}")
     ninja.append(f"build {target.name}: link {' '.join(objects)}")

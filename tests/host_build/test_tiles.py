@@ -54,6 +54,15 @@ def test_faults_are_found(fault):
         product(a, b, fault=fault)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_infinities_meet_only_what_the_factors_hold(dtype):
+    a, b = torch.ones(16, 32), torch.full((16, 32), 1 / 3)
+    a[0, 3], a[1, 5], b[2, 5] = torch.inf, -torch.inf, torch.inf
+    b[3, 3] = 0
+    a, b = a.to(dtype), b.to(dtype)
+    torch.testing.assert_close(product(a, b), a.float() @ b.float().T, equal_nan=True)
+
+
 def test_tf32_would_be_noticed():
     """One product of 19-bit numbers is a thousand times less exact than the three we take."""
     torch.manual_seed(0)

@@ -1,0 +1,104 @@
+// Launches of the backward pass for one element type.
+#pragma once
+
+#include "document_gradient.cuh"
+#include "query_gradient.cuh"
+#include "sm80_common.h"
+
+namespace jmlr::maxsim::sm80 {
+
+template <class Element, int kDimension>
+void launch_query_gradient(const Problem& p, const BackwardInput& in, const BackwardOutput& out,
+                           const BackwardPlan& plan, const int32_t* kept_lengths, float* parts, void* stream) {
+    using Kernel = QueryGradient<Element, kDimension>;
+    constexpr int kBytes = Kernel::kPerLane * int(sizeof(Element));
+    typename Kernel::Params params{};
+    params.problem = p;
+    params.in = in;
+    params.kept_lengths = kept_lengths;
+    params.grad_queries = static_cast<Element*>(out.grad_queries);
+    params.grad_weights = out.grad_weights;
+    params.parts = parts;
+    params.query_length = Divider(p.query_length);
+    params.chunks = plan.chunks;
+    params.splits = plan.splits;
+    params.documents_per_split = plan.documents_per_split;
+    bool fills = p.dimension % Kernel::kPerLane == 0;
+    params.whole = fills && documents_aligned<Element>(p, kBytes);
+    params.whole_queries =
+        fills && queries_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_queries, {}, kBytes);
+    int64_t warps = p.query_count * p.query_length * plan.chunks * plan.splits;
+    tiles::launch<Kernel>(params, divided_up(warps, Kernel::kThreads / tiles::kWarp), 0, stream);
+}
+
+template <class Element, int kDimension>
+void launch_document_gradient(const Problem& p, const BackwardInput& in, const BackwardOutput& out,
+                              const BackwardPlan& plan, const int32_t* kept_lengths, float* wide, void* stream) {
+    using Kernel = DocumentGradient<Element, kDimension>;
+    constexpr int kBytes = Kernel::kPerLane * int(sizeof(Element));
+    typename Kernel::Params params{};
+    params.problem = p;
+    params.in = in;
+    params.kept_lengths = kept_lengths;
+    params.grad_documents = static_cast<Element*>(out.grad_documents);
+    params.wide = wide;
+    params.query_length = Divider(p.query_length);
+    params.token_tiles = plan.token_tiles;
+    params.chunks = plan.chunks;
+    bool fills = p.dimension % Kernel::kPerLane == 0;
+    params.whole_queries = fills && queries_aligned<Element>(p, kBytes);
+    params.whole =
+        fills && documents_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_documents, {}, kBytes);
+    tiles::launch<Kernel>(params, p.document_count() * plan.token_tiles * plan.chunks, Kernel::kSharedBytes, stream);
+}
+
+template <class Element>
+void finish_rows(typename FinishRows<Element>::Params params, bool aligned, void* stream) {
+    using Kernel = FinishRows<Element>;
+    constexpr int kBytes = Kernel::kPerLane * int(sizeof(Element));
+    params.whole = aligned && params.dimension % Kernel::kPerLane == 0 && rows_aligned<Element>(params.out, {}, kBytes);
+    int64_t blocks = divided_up(params.tokens.count(), Kernel::kThreads / tiles::kWarp);
+    tiles::launch<Kernel>(params, blocks, 0, stream);
+}
+
+template <class Element>
+void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
+                 void* stream) {
+    BackwardPlan plan = backward_plan(p, in, processors);
+    int64_t rows = p.query_count * p.query_length;
+    if (rows == 0 || p.documents_per_query == 0) {
+        zero(out.grad_queries, rows * p.dimension, int(sizeof(Element)), stream);
+        zero(out.grad_documents, document_token_count(p) * p.dimension, int(sizeof(Element)), stream);
+        if (out.grad_weights != nullptr) zero(out.grad_weights, rows, 4, stream);
+        return;
+    }
+    constexpr int kBytes = FinishRows<Element>::kPerLane * int(sizeof(Element));
+    int dimension = int(p.dimension);
+    int32_t* kept_lengths = scratch_array<int32_t>(scratch, plan.kept_lengths);
+    float* parts = scratch_array<float>(scratch, plan.parts);
+    float* wide = scratch_array<float>(scratch, plan.wide);
+    if (kept_lengths != nullptr) find_kept_tokens(p, nullptr, kept_lengths, stream);
+
+    bool small = plan.dimension_block == 64;
+    if (small) launch_query_gradient<Element, 64>(p, in, out, plan, kept_lengths, parts, stream);
+    else launch_query_gradient<Element, 128>(p, in, out, plan, kept_lengths, parts, stream);
+    if (parts != nullptr) {
+        finish_rows<Element>(
+            {parts, plan.splits, query_tokens<Element>(p), dimension, false, p.query_weights, p.query_weights_stride,
+             p.query_weights_token_stride, in.query_scales, static_cast<Element*>(out.grad_queries), out.grad_weights},
+            queries_aligned<Element>(p, kBytes), stream);
+    }
+
+    if (small) launch_document_gradient<Element, 64>(p, in, out, plan, kept_lengths, wide, stream);
+    else launch_document_gradient<Element, 128>(p, in, out, plan, kept_lengths, wide, stream);
+    Element* grad_documents = static_cast<Element*>(out.grad_documents);
+    if (p.packed() && wide != nullptr) zero_uncovered(p, wide, 4, stream);
+    if (p.packed() && wide == nullptr) zero_uncovered(p, grad_documents, int(sizeof(Element)), stream);
+    if (wide != nullptr) {
+        finish_rows<Element>({wide, 1, document_tokens<Element>(p), dimension, false, nullptr, 0, 0, in.document_scales,
+                              grad_documents, nullptr},
+                             documents_aligned<Element>(p, kBytes), stream);
+    }
+}
+
+}  // namespace jmlr::maxsim::sm80

@@ -1,0 +1,1 @@
+#include "../../csrc/maxsim/sm80.cu"

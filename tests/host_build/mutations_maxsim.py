@@ -1,0 +1,84 @@
+"""Bugs that MaxSim's CUDA kernels might have, one line each, and the build that shows them: float16 alone.
+
+``python tests/host_build/mutations_maxsim.py`` tries all of them (or those whose name holds an
+argument) and prints which probe, or which check of the emulator, noticed; exit code 1 if one survived.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from mutate import Workshop, read_mutations
+
+DTYPE = torch.float16
+SOURCES = ["emulator.cpp", "maxsim_half.cpp", "maxsim_module.cpp", "maxsim_sm80.cpp"]
+_SIGNATURES = (
+    "void forward_{0}(const Problem&, const ForwardOutput&, void*, int, void*)",
+    "void backward_{0}(const Problem&, const BackwardInput&, const BackwardOutput&, void*, int, void*)",
+)
+# The module's entry, and the element types that are left out.
+EXTRA = {
+    "only_maxsim.cpp": """
+#include <pybind11/pybind11.h>
+#include "../../csrc/maxsim/sm80.h"
+#include "emulator.h"
+namespace host_build { void bind_maxsim(pybind11::module_& module); }
+PYBIND11_MODULE(jmlr_host_build, module) {
+    pybind11::register_exception<emulator::Violation>(module, "Violation");
+    host_build::bind_maxsim(module);
+}
+namespace jmlr::maxsim::sm80 {
+"""
+    + "\n".join(
+        signature.format(name) + " { std::abort(); }" for signature in _SIGNATURES for name in ("float", "bfloat16")
+    )
+    + "\n}\n",
+}
+
+MUTATIONS = read_mutations(Path(__file__).with_suffix(".txt"))
+
+
+def noticed_by(module: ModuleType) -> str | None:
+    """The first probe that fails on these kernels, and how; None if all pass."""
+    import maxsim_calls
+    import maxsim_probes
+    import pytest
+
+    todo = {name: (lambda dtype, n=name, m=masked: maxsim_probes.shape(n, dtype, m))
+            for masked in (True, False) for name in maxsim_probes.SHAPES}  # fmt: skip
+    maxsim_calls.kernels = module
+    try:
+        with maxsim_calls.in_place_of_triton(pytest.MonkeyPatch()):
+            for name, probe in {**maxsim_probes.PROBES, **todo}.items():
+                try:
+                    probe(DTYPE)
+                except (AssertionError, module.Violation) as error:
+                    return f"{name}: {type(error).__name__}: {(str(error) or 'another result').splitlines()[0]}"
+    finally:
+        maxsim_calls.kernels = None
+    return None
+
+
+def main(names: list[str]) -> int:
+    survivors = []
+    with tempfile.TemporaryDirectory() as directory:
+        workshop = Workshop(Path(directory) / "workshop", SOURCES, EXTRA)
+        found = noticed_by(workshop.module())
+        print(f"without a bug: {found or 'nothing noticed'}", flush=True)
+        chosen = [mutation for mutation in MUTATIONS if not names or any(name in mutation.name for name in names)]
+        for mutation in chosen:
+            found = noticed_by(workshop.module(mutation))
+            print(f"{mutation.name}: {found or 'SURVIVED'}", flush=True)
+            survivors += [] if found else [mutation.name]
+    print(f"{len(chosen)} bugs, {len(survivors)} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = [str(tests / "kernels"), str(tests), str(tests.parent)]
+    sys.exit(main(sys.argv[1:]))
