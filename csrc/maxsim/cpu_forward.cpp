@@ -281,7 +281,7 @@ private:
                 task.panel = panels.get() + group.panel_offset + row * steps;
                 task.best = worker.best.get() + row;
                 task.winners = out.winners ? worker.winners.get() + row : nullptr;
-                task.prefetch_rows = row == 0 ? 2 * chunk_step : chunk_step;  // from memory once, then from a cache
+                task.prefetch_bytes = row == 0 && !widened ? chunk_bytes : 0;
                 pairs ? set.maxima_of_pairs(task) : set.maxima(task);
             }
         }

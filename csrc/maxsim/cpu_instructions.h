@@ -27,7 +27,7 @@ struct PanelTask {
     int64_t row_bytes = 0;
     const char* const* rows = nullptr;  // or rows[k], where excluded tokens lie between
     int64_t tokens = 0;                 // at least 1
-    int64_t prefetch_rows = 0;          // how far ahead of their products document rows are asked for
+    int64_t prefetch_bytes = 0;         // how far ahead memory is asked for; 0: rows lie in a cache
     const float* scales = nullptr;      // null, or one factor for each token's similarities
     float* best = nullptr;              // [vectors * lanes] maxima so far, updated
     int32_t* winners = nullptr;         // the same of their positions; null: not asked for

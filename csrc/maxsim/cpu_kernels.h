@@ -64,14 +64,18 @@ JMLR_INLINE void tile(const PanelTask& task, int64_t first) {
     };
     const auto whole = [](const char* at) JMLR_FLATTEN { return V::broadcast(at); };
     const int64_t whole_steps = task.steps - (task.half_step ? 1 : 0);
-    // A prefetch may name any address.
-    const uintptr_t ahead = static_cast<uintptr_t>(task.row_bytes) * static_cast<uintptr_t>(task.prefetch_rows);
+    // Into the first cache one tile ahead, and where rows come from memory, into the second one much farther ahead. A
+    // prefetch may name any address.
+    const auto next_tile = static_cast<uintptr_t>(task.row_bytes) * tokens;
+    const auto ahead = static_cast<uintptr_t>(task.prefetch_bytes);
     constexpr int64_t steps_of_line = cache_line / 4;
     int64_t s = 0;
     for (; s + steps_of_line <= whole_steps; s += steps_of_line) {
 #pragma GCC unroll 16
         for (int t = 0; t < tokens; ++t) {
-            __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row[t] + s * 4) + ahead));
+            const auto line = reinterpret_cast<uintptr_t>(row[t] + s * 4);
+            __builtin_prefetch(reinterpret_cast<const void*>(line + next_tile), 0, 3);
+            if (ahead) __builtin_prefetch(reinterpret_cast<const void*>(line + ahead), 0, 2);
         }
 #pragma GCC unroll 2
         for (int64_t u = 0; u < steps_of_line; ++u) step(s + u, whole);
