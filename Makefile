@@ -106,6 +106,7 @@ wheel: .venv-test/.installed
 	@rm -rf dist build/lib* build/bdist*
 	JMLR_NATIVE=1 .venv-test/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	.venv-test/bin/python -m tools.wheel check dist/*.whl
+	.venv-test/bin/python -m tools.resources dist/*.whl
 
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
