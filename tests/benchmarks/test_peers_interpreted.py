@@ -55,7 +55,7 @@ def test_every_call_runs_and_is_right(layout: str, queries: int, libraries: set[
     case = MaxSimCase(queries, 3, 16, 20, backward=True, dim=32, layout=layout, shortest=5)
     *tensors, grad = case.inputs(CPU, torch.float32)
     exact = maxsim.exact(case, tensors, grad)
-    candidates = peers.maxsim(case, CPU)
+    candidates = peers.maxsim(case, CPU, "cuda")
     prefixes = {module.replace("_", "-") for module in libraries}
     assert {next(prefix for prefix in prefixes if name.startswith(prefix)) for name in candidates} == prefixes
     for candidate in candidates.values():
