@@ -4,7 +4,7 @@
 name says how it is compiled:
 
 * ``*.cpp``: g++. ``*_avx2.cpp``, ``*_avx512.cpp`` and ``*_avx512bf16.cpp`` with those instructions, on x86-64 only.
-* ``*_cuda.cpp``: g++, in builds with CUDA only. ``*.cu``: nvcc. ``*sm90.cu`` for sm_90 and newer only.
+* ``*_cuda.cpp``: g++, in builds with CUDA only. ``*.cu``: nvcc. ``sm90*.cu`` for sm_90 and newer only.
 
 Switches, all environment variables: ``JMLR_NATIVE`` (0: no library; 1: an error where it cannot be built),
 ``JMLR_CUDA_ARCHS`` ("80;90a"; "none": no CUDA part), ``JMLR_TORCH`` (folder of another torch package), ``MAX_JOBS``.
@@ -196,7 +196,7 @@ def compile_steps(found: Plan, objects: Path) -> list[tuple[Path, Path, list[str
 
 
 def _nvcc_flags(found: Plan, source: Path) -> list[str]:
-    named = re.search(r"sm(\d+)$", source.stem)
+    named = re.search(r"sm(\d+)(_|$)", source.stem)
     least = int(named.group(1)) if named else PTX_ARCH
     flags = ["--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
     flags += ["-Xptxas", "-v,--warn-on-spills,--warning-as-error"]

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from . import native
@@ -183,6 +184,12 @@ for _operation in _TABLE:
     _register(_operation)
 
 
+# Bound once: looking them up would cost as much as calling them.
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_tracer = torch._C._get_tracing_state
+_profiled = torch._C._autograd._profiler_enabled
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, list, str, int, float, bool, type(None)})
 
 
@@ -192,29 +199,20 @@ def call(operation: str, *arguments: Any) -> Any:
     The dispatcher is for those who watch it: the compiler, a profiler, a mode such as a FLOP counter, a subclass of
     Tensor, a transform, a tracer. Where there is none the backend is called directly, which saves some microseconds.
     """
-    if torch.compiler.is_compiling() or _watched(arguments):
+    if is_compiling() or _watched(arguments):
         return getattr(getattr(torch.ops, NAMESPACE), operation).default(*arguments)
     return _implementation(operation, arguments[-1])(*arguments[:-1])
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply``, without the microseconds that it spends on functorch where there is none of it."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_functorch_wrapped_tensor(arguments[0])
-    ):
+    if is_compiling() or _transforms() or _is_wrapped(arguments[0]):
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def _watched(arguments: tuple[Any, ...]) -> bool:
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    ):
+    if _modes() or _transforms() or _tracer() is not None or _profiled():
         return True
     first = arguments[0]
     if type(first) is list:

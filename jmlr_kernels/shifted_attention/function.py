@@ -50,7 +50,7 @@ def shifted_sparse_attention(
         boundary: "split" (half groups at both ends), or "wrap", LongLoRA's non-flash path, in which the first
             tokens of a document read its last ones; for comparison only.
         scale: multiplies the scores; D ** -0.5 by default.
-        backend: "auto", "cuda", "triton" (D up to 256) or "torch". A forced backend raises where it cannot run.
+        backend: "auto", "cuda", "triton" (both D up to 256) or "torch". A forced backend raises where it cannot run.
 
     Returns:
         q's shape and dtype, contiguous. Under autocast, the autocast dtype.
@@ -68,7 +68,10 @@ def shifted_sparse_attention(
     chosen = ops.resolve_backend(backend, q, "shifted_attention_forward")
     if chosen in ("cuda", "triton") and q.shape[-1] > config.WIDEST_HEAD:
         chosen = _too_wide(backend)
-    return ops.apply(_ShiftedAttention, q, k, v, cu_seqlens, seq_lens, group_size, boundary == "wrap", scale, chosen)
+    wrap = boundary == "wrap"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return ops.apply(_ShiftedAttention, q, k, v, cu_seqlens, seq_lens, group_size, wrap, scale, chosen)
+    return ops.call("shifted_attention_forward", q, k, v, group_size, cu_seqlens, seq_lens, wrap, scale, chosen)[0]
 
 
 class _ShiftedAttention(torch.autograd.Function):

@@ -315,7 +315,9 @@ def test_overhead_is_measured_or_refused_in_one_sentence(tmp_path: Path) -> None
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
     if (ROOT / "jmlr_kernels" / "launch.py").is_file():
         assert run.returncode == 0, run.stderr
-        host = json.loads((tmp_path / "host.json").read_text())["host"]
+        report = json.loads((tmp_path / "host.json").read_text())
+        host, dispatch = report["host"], report["dispatch"]
+        assert len(dispatch) == 7 and all(row["us"] > 0 for row in dispatch.values())
         assert host["forward"]["us"] > 0 and host["forward+backward"]["launches"] >= 2
     else:
         assert run.returncode == 2 and run.stderr.count("\n") == 1

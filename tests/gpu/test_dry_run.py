@@ -142,3 +142,22 @@ def test_work_is_counted_exactly() -> None:
     assert case.pairs() == 3 * ((3 + 3) + (1 + 3 + 1))
     assert case.forward_flops() == 4 * 8 * case.pairs() and case.backward_flops() == 10 * 8 * case.pairs()
     assert MaxSimCase(2, 3, 5, 7, backward=True, dim=4).forward_flops() == 2 * 4 * (2 * 5) * (3 * 7)
+
+
+def test_a_library_built_elsewhere_is_used_where_the_tree_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels, tree = tmp_path / "wheels", tmp_path / "tree"
+    monkeypatch.setattr(gpu_check, "ROOT", tree)
+    monkeypatch.delenv("JMLR_LIBRARY", raising=False)
+    assert "JMLR_LIBRARY" not in gpu_check._environment(wheels, tmp_path)
+    for folder in (wheels, tree):
+        (folder / "jmlr_kernels").mkdir(parents=True)
+    carried, own = wheels / "jmlr_kernels" / "_C.so", tree / "jmlr_kernels" / "_C.so"
+    carried.touch()
+    assert gpu_check._environment(wheels, tmp_path)["JMLR_LIBRARY"] == str(carried)
+    monkeypatch.setenv("JMLR_LIBRARY", "another")
+    assert gpu_check._environment(wheels, tmp_path)["JMLR_LIBRARY"] == "another"
+    monkeypatch.delenv("JMLR_LIBRARY")
+    own.touch()
+    assert "JMLR_LIBRARY" not in gpu_check._environment(wheels, tmp_path)
