@@ -109,10 +109,11 @@ struct DocumentGradient {
 
     // The warp's part of a scan: notes of the winners in the tile, in order. Returns how many.
     static JMLR_DEVICE int note_winners(const Params& p, const Tile& tile, int scan_start) {
-        tiles::Shared<uint32_t> own = notes(tiles::warp());
+        int warp = tiles::warp();
+        tiles::Shared<uint32_t> own = notes(warp);
         int found = 0;
         for (int i = 0; i < kScanPerWarp; i += tiles::kWarp) {
-            int place = tiles::warp() * kScanPerWarp + i + tiles::lane(), token = 0;
+            int place = warp * kScanPerWarp + i + tiles::lane(), token = 0;
             bool hit = scan_start + place < tile.row_count && wins_here(p, tile, scan_start + place, token);
             uint32_t hits = tiles::ballot(hit);
             if (hit) own.write(found + tiles::count_bits(hits & lanes_before()), note_of(place, token, 0));
@@ -174,9 +175,10 @@ struct DocumentGradient {
 
     static JMLR_DEVICE void sort_notes(int found) {
         tiles::Shared<uint32_t> own = notes(tiles::warp());
+        tiles::Shared<int> starts = counts(tiles::warp());
         for (int i = tiles::lane(); i < found; i += tiles::kWarp) {
             uint32_t note = own.read(i);
-            sorted().write(counts(tiles::warp()).read(token_of(note)) + rank_of(note), note);
+            sorted().write(starts.read(token_of(note)) + rank_of(note), note);
         }
         tiles::sync_block();
     }
@@ -184,8 +186,8 @@ struct DocumentGradient {
     // The warp's share of the sorted list: its rows, times their gradients, into the sums of their tokens.
     static JMLR_DEVICE void add_rows(const Params& p, const Tile& tile, int scan_start, int total) {
         const Problem& problem = p.problem;
-        int begin = total * tiles::warp() / kWarps, end = total * (tiles::warp() + 1) / kWarps;
-        if (tiles::lane() == 0) head_tokens().write(tiles::warp(), -1);
+        int warp = tiles::warp(), begin = total * warp / kWarps, end = total * (warp + 1) / kWarps;
+        if (tiles::lane() == 0) head_tokens().write(warp, -1);
         tiles::sync_warp();
         if (begin == end) return;
         int token = token_of(sorted().read(begin));
@@ -193,8 +195,8 @@ struct DocumentGradient {
         int column = tiles::lane() * kPerLane, first = tile.first_column + column;
         Slice<kPerLane> sum{};
         auto flush = [&] {
-            if (shared && tiles::lane() == 0) head_tokens().write(tiles::warp(), token);
-            tiles::Shared<float> to = shared ? head(tiles::warp()) + column : sums() + (token * kDimension + column);
+            if (shared && tiles::lane() == 0) head_tokens().write(warp, token);
+            tiles::Shared<float> to = shared ? head(warp) + column : sums() + (token * kDimension + column);
             JMLR_UNROLL
             for (int i = 0; i < kPerLane; ++i) to.write(i, shared ? sum.value[i] : to.read(i) + sum.value[i]);
             sum = Slice<kPerLane>{};

@@ -11,23 +11,11 @@
 
 #include "../tiles/fragments.h"
 #include "../tiles/launch.h"
+#include "row_maxima.cuh"
 #include "rows.cuh"
 #include "tile_sizes.h"
 
 namespace jmlr::maxsim {
-
-// A maximum and the lowest position that attains it; NaN is above everything.
-struct Maximum {
-    float value;
-    int position;
-};
-
-JMLR_DEVICE Maximum larger_of(const Maximum& a, const Maximum& b) {
-    bool a_nan = a.value != a.value, b_nan = b.value != b.value;
-    bool tie = a_nan ? b_nan : a.value == b.value;
-    bool take_b = tie ? b.position < a.position : !a_nan && (b_nan || b.value > a.value);
-    return take_b ? b : a;
-}
 
 // kDimension: a block of the embedding, see forward_dimension. kFewRows: see forward_tiles.
 template <class Element, int kDimension, bool kFewRows>
@@ -233,40 +221,6 @@ struct Forward {
         }
     }
 
-    // The lane's maximum of each row after one more tile, whose first token is `first`. With kTrack its position too.
-    template <bool kTrack>
-    static JMLR_DEVICE void absorb(const Similarities& s, Maxima& maxima, int first) {
-        JMLR_UNROLL
-        for (int m = 0; m < kRowTiles; ++m) {
-            JMLR_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                float highest = s[m][0][2 * half];
-                JMLR_UNROLL
-                for (int j = 1; j < kColumnTiles * 2; ++j) {
-                    highest = tiles::maximum_or_nan(highest, s[m][j / 2][2 * half + j % 2]);
-                }
-                Maximum& best = maxima[m][half];
-                if (kTrack) {
-                    int column = 0;  // the lowest that holds the maximum, less the lane's own part
-                    JMLR_UNROLL
-                    for (int j = kColumnTiles * 2 - 1; j >= 0; --j) {
-                        if (s[m][j / 2][2 * half + j % 2] == highest) column = j / 2 * 8 + j % 2;
-                    }
-                    if (highest != highest) {
-                        JMLR_UNROLL
-                        for (int j = kColumnTiles * 2 - 1; j >= 0; --j) {
-                            float x = s[m][j / 2][2 * half + j % 2];
-                            if (x != x) column = j / 2 * 8 + j % 2;
-                        }
-                    }
-                    bool better = best.value == best.value && !(highest <= best.value);
-                    if (better) best.position = first + first_token() + column + tiles::accumulator_column(0);
-                }
-                best.value = tiles::maximum_or_nan(best.value, highest);
-            }
-        }
-    }
-
     // The four lanes of a row agree, and one of them writes the row's maximum for finish_document.
     static JMLR_DEVICE void publish(const Maxima& maxima, int parity) {
         int base = (parity * kTiles.token_warps + tiles::warp() % kTiles.token_warps) * kRows + first_row();
@@ -274,12 +228,7 @@ struct Forward {
         for (int m = 0; m < kRowTiles; ++m) {
             JMLR_UNROLL
             for (int half = 0; half < 2; ++half) {
-                Maximum best = maxima[m][half];
-                JMLR_UNROLL
-                for (int mask = 1; mask <= 2; mask *= 2) {
-                    Maximum other{tiles::shuffle_xor(best.value, mask), tiles::shuffle_xor(best.position, mask)};
-                    best = larger_of(best, other);
-                }
+                Maximum best = row_maximum(maxima[m][half]);
                 if (tiles::lane() % 4 == 0) {
                     int row = base + m * 16 + tiles::accumulator_row(2 * half);
                     tiles::shared_memory<float>(kMaximaAt).write(row, best.value);
@@ -420,8 +369,8 @@ struct Forward {
                 multiply(s, rows, query_tile(stage, reading.chunk), text_tile(stage));
                 if (reading.ends_tile(p)) {
                     if (p.out.document_scales != nullptr) scale_columns(s, stage);
-                    if (p.out.winners != nullptr) absorb<true>(s, maxima, reading.first);
-                    else absorb<false>(s, maxima, reading.first);
+                    if (p.out.winners != nullptr) absorb<true>(s, maxima, reading.first + first_token());
+                    else absorb<false>(s, maxima, 0);
                 }
             }
             if (reading.ends_document(p)) {

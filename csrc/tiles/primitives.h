@@ -1,7 +1,7 @@
 // What a kernel may do besides arithmetic on its registers. A kernel never follows a pointer itself: global and shared
 // memory are reached through these functions alone, so that the host build sees every access.
 //
-//   thread_index()  lane()  warp()                 within the block, which is one-dimensional
+//   thread_index()  lane()  warp()                 within the block, which is one-dimensional; all lanes call warp()
 //   block_index()  block_count()                   within the grid, one-dimensional
 //   sync_block()  sync_warp()                      barriers that also order memory
 //   load(pointer)  store(pointer, value)           global memory; 1 to 16 bytes, aligned to their size

@@ -7,7 +7,11 @@ namespace tiles {
 
 inline int thread_index() { return emulator::thread_index(); }
 inline int lane() { return emulator::thread_index() & (kWarp - 1); }
-inline int warp() { return emulator::thread_index() / kWarp; }
+// A shuffle on the GPU, so all lanes must call it.
+inline int warp() {
+    emulator::meet(emulator::Meeting::warp, nullptr, [](void**) {});
+    return emulator::thread_index() / kWarp;
+}
 inline int64_t block_index() { return emulator::block_index(); }
 inline int64_t block_count() { return emulator::block_count(); }
 

@@ -21,7 +21,7 @@ struct Violation : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-enum class Meeting { load_matrices, multiply_add, shuffle, ballot, barrier };
+enum class Meeting { load_matrices, multiply_add, shuffle, ballot, warp, barrier };
 
 // What the calling fiber is.
 int thread_index();

@@ -48,9 +48,9 @@ def close(dtype: torch.dtype, case: Case) -> None:
         assert_as_exact_as_torch(name, value, plain[name], exact[name])
 
 
-def shape(name: str, dtype: torch.dtype, masked: bool, seed: int = 0) -> None:
+def shape(name: str, dtype: torch.dtype, masked: bool) -> None:
     """One of SHAPES; with masks, weights too."""
-    case = make_case(masked=masked, weighted=masked, seed=seed, **SHAPES[name])  # type: ignore[arg-type]
+    case = make_case(masked=masked, weighted=masked, **SHAPES[name])  # type: ignore[arg-type]
     close(dtype, case.to(dtype))
 
 

@@ -19,6 +19,7 @@ enum Fault {
     kUnwrittenShared,
     kMisaligned,
     kWriteToInput,
+    kDivergentWarp,
     kOutsideOfArray,  // of a thread's own: for the sanitizers alone
 };
 
@@ -75,6 +76,7 @@ struct Product {
                 }
             }
         }
+        if (p.fault == kDivergentWarp && tiles::lane() == 3) row0 += tiles::warp();
         if (p.fault == kDivergentShuffle && tiles::lane() == 3) return;
 #if defined(JMLR_HOST_BUILD)
         if (p.fault == kOutsideOfArray) c[0][p.depth] = 0.0f;

@@ -18,6 +18,7 @@ FAULTS = {
     9: "under way",  # copies that no wait covers
     10: "misaligned",
     11: "write to the input",
+    12: "different warp-wide instructions|not all lanes",  # the warp's number asked for by one lane
 }
 
 
