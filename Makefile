@@ -89,6 +89,7 @@ test-oldest: .venv-oldest/.installed
 check: .venv-test/.installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
+	.venv-test/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 	.venv-test/bin/mypy
 
 bench: OUT ?= runs/bench

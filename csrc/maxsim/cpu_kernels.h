@@ -21,7 +21,8 @@ constexpr int64_t cache_line = 64;
 // What one unit of a query row and one of a document row add to their similarity.
 template <class V>
 struct FloatProduct {
-    static JMLR_INLINE typename V::Floats add(typename V::Floats sum, typename V::Floats query, typename V::Floats document) {
+    static JMLR_INLINE typename V::Floats add(typename V::Floats sum, typename V::Floats query,
+                                              typename V::Floats document) {
         return V::multiply_add(query, document, sum);
     }
 };
@@ -220,7 +221,8 @@ struct Bfloat16Elements {
 };
 
 template <class V, class Elements, int vectors>
-JMLR_INLINE void sum_columns(const char* const* rows, const float* coefficients, int64_t count, int64_t first, float* sum) {
+JMLR_INLINE void sum_columns(const char* const* rows, const float* coefficients, int64_t count, int64_t first,
+                             float* sum) {
     typename V::Floats total[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) total[v] = V::load_unaligned(sum + first + v * V::lanes);
@@ -284,7 +286,8 @@ float dot(const float* a, const float* b, int64_t dimension) {
 template <class V, class Elements>
 JMLR_INLINE void widen_elements(const char* from, int64_t dimension, float* to) {
     int64_t d = 0;
-    for (; d + V::lanes <= dimension; d += V::lanes) V::store_unaligned(to + d, Elements::load(from + d * Elements::size));
+    for (; d + V::lanes <= dimension; d += V::lanes)
+        V::store_unaligned(to + d, Elements::load(from + d * Elements::size));
     for (; d < dimension; ++d) to[d] = Elements::one(from + d * Elements::size);
 }
 
