@@ -67,12 +67,12 @@ class Workshop:
     def module(self, mutation: Mutation | None = None) -> ModuleType:
         """The kernels with one mutation, or none. Raises RuntimeError where they do not compile."""
         if mutation is None:
-            return self._load(build(self.objects, here=self.here, chosen=self.sources, extra=("-O1",)))
+            return self._load(build(self.objects, here=self.here, chosen=self.sources, extra=("-O1", "-w")))
         path = self.csrc / mutation.file
         original = path.read_text(encoding="utf-8")
         path.write_text(mutation.applied(original), encoding="utf-8")
         try:
-            return self._load(build(self.objects, here=self.here, chosen=self.sources, extra=("-O1",)))
+            return self._load(build(self.objects, here=self.here, chosen=self.sources, extra=("-O1", "-w")))
         finally:
             path.write_text(original, encoding="utf-8")
 
