@@ -89,6 +89,7 @@ test-oldest: .venv-oldest/.installed
 check: .venv-test/.installed
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
+	.venv-test/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 	.venv-test/bin/mypy
 
 bench: OUT ?= runs/bench
@@ -106,6 +107,7 @@ wheel: .venv-test/.installed
 	@rm -rf dist build/lib* build/bdist*
 	JMLR_NATIVE=1 .venv-test/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	.venv-test/bin/python -m tools.wheel check dist/*.whl
+	.venv-test/bin/python -m tools.resources dist/*.whl
 
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 

@@ -199,7 +199,7 @@ def _nvcc_flags(found: Plan, source: Path) -> list[str]:
     named = re.search(r"sm(\d+)(_|$)", source.stem)
     least = int(named.group(1)) if named else PTX_ARCH
     flags = ["--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
-    flags += ["-Xptxas", "-v,--warn-on-spills,--warning-as-error"]
+    flags += ["-Xptxas", "--warn-on-spills,--warning-as-error"]
     for arch in found.archs:
         if _number(arch) >= least:
             flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]

@@ -37,7 +37,8 @@ namespace {
 
 // JSON. The CUDA targets are those of the machine code (80, 90a) and of the PTX (80+PTX).
 std::string build_info() {
-    return "{\"compiler\": \"" __VERSION__ "\", \"cuda\": \"" JMLR_CUDA_VERSION "\", \"cuda_targets\": \"" JMLR_CUDA_TARGETS "\"}";
+    return "{\"compiler\": \"" __VERSION__ "\", \"cuda\": \"" JMLR_CUDA_VERSION
+           "\", \"cuda_targets\": \"" JMLR_CUDA_TARGETS "\"}";
 }
 
 }  // namespace

@@ -10,9 +10,7 @@ template class std::basic_ostringstream<char>;
 
 // GLIBCXX 3.4.29.
 namespace std {
-void __throw_bad_array_new_length() {
-    throw bad_array_new_length();
-}
+void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 }  // namespace std
 
 // GLIBC 2.32. False: std::shared_ptr counts with atomic operations, which is right with and without threads.

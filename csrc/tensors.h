@@ -18,8 +18,7 @@
 #include <vector>
 
 // Lives in libtorch_cuda: weak, so that the same library loads where torch has no CUDA.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
-    __attribute__((weak));
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
 
 namespace jmlr {
 
@@ -41,16 +40,26 @@ void check(bool holds, const Parts&... parts) {
 
 inline const char* name_of(ScalarType type) {
     switch (type) {
-        case ScalarType::Half: return "float16";
-        case ScalarType::BFloat16: return "bfloat16";
-        case ScalarType::Float: return "float32";
-        case ScalarType::Double: return "float64";
-        case ScalarType::Bool: return "bool";
-        case ScalarType::Byte: return "uint8";
-        case ScalarType::UInt16: return "uint16";
-        case ScalarType::Int: return "int32";
-        case ScalarType::Long: return "int64";
-        default: return "a dtype that these operations do not have";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::Bool:
+            return "bool";
+        case ScalarType::Byte:
+            return "uint8";
+        case ScalarType::UInt16:
+            return "uint16";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Long:
+            return "int64";
+        default:
+            return "a dtype that these operations do not have";
     }
 }
 
@@ -89,9 +98,8 @@ inline void check_dtype(const char* name, const Tensor& tensor, ScalarType type)
 
 // The dispatcher chooses by the first tensor on any device; the others must lie there too.
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
-    check(
-        tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
-        " is on another device than the first tensor; move them together");
+    check(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
+          " is on another device than the first tensor; move them together");
 }
 
 // An unwritten contiguous tensor on the device of `like`.
@@ -104,8 +112,8 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
     const torch::stable::Device device = like.device();
     const int32_t device_type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type()));
     AtenTensorHandle made = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type, device.index(), &made));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                    dtype, device_type, device.index(), &made));
     return Tensor(made);
 }
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 30 * 2**20
 # Triton's kernels are Python and the same in the source tree: interpreting them again here would take minutes.
 TESTS = ("tests/native", "tests/kernels/test_maxsim.py", "tests/kernels/test_maxsim_cpu*.py",
-         "tests/kernels/test_maxsim_registration.py", "tests/kernels/test_maxsim_losses.py",
+         "tests/kernels/test_maxsim_registration.py",
          "tests/kernels/test_shifted_attention.py", "tests/kernels/test_shifted_attention_registration.py")  # fmt: skip
 NEEDED = ("pytest", "pytest-timeout", "hypothesis", "numpy")
 _REPORT = """

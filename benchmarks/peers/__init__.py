@@ -30,10 +30,14 @@ _MAXSIM = {
 }
 
 
-def maxsim(case: MaxSimCase, device: torch.device) -> dict[str, Candidate]:
-    """What the installed peers offer for a case: name -> candidate."""
+def maxsim(case: MaxSimCase, device: torch.device, made_for: str | None = None) -> dict[str, Candidate]:
+    """What the installed peers offer for a case: name -> candidate.
+
+    `made_for` is the type of device whose peers are meant, where it is another than that of the tensors (a test of GPU
+    libraries in Triton's interpreter).
+    """
     found: dict[str, Candidate] = {}
-    for module, adapter in _MAXSIM.get(device.type, {}).items():
+    for module, adapter in _MAXSIM.get(made_for or device.type, {}).items():
         if importlib.util.find_spec(module) is not None:
             found |= importlib.import_module(adapter).candidates(case, device)
     return found

@@ -71,8 +71,8 @@ struct Avx2 {
 }  // namespace
 
 const Instructions& avx2_instructions() {
-    static const Instructions set = {"avx2",  Avx2::lanes,        maxima<Avx2, FloatProduct<Avx2>>,
-                                     nullptr, weighted_sum<Avx2>, dot<Avx2>,
+    static const Instructions set = {"avx2",      Avx2::lanes,        maxima<Avx2, FloatProduct<Avx2>>,
+                                     nullptr,     weighted_sum<Avx2>, dot<Avx2>,
                                      widen<Avx2>, narrow<Avx2>};
     return set;
 }

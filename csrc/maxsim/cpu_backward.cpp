@@ -1,7 +1,7 @@
 // Gradients from the winners. A document's gradient belongs to one task, which sorts the winners by token (a counting
 // sort, in the order of queries and their tokens) and sums the query rows that each token won. A query token's gradient
-// belongs to one task too, which sums the document rows that won, in the order of documents. So two runs agree to the bit
-// on any number of threads. Derivation: docs/maxsim-backward.md.
+// belongs to one task too, which sums the document rows that won, in the order of documents. So two runs agree to the
+// bit on any number of threads. Derivation: docs/maxsim-backward.md.
 
 #include <algorithm>
 #include <cmath>
@@ -18,10 +18,10 @@ constexpr int64_t rows_at_once = 256;  // of one sum; a bound on scratch memory
 
 // One worker's memory.
 struct Worker {
-    Scratch<int32_t> token;         // [entries] the winners of one document, in the order of queries
+    Scratch<int32_t> token;  // [entries] the winners of one document, in the order of queries
     Scratch<float> factor;
     Scratch<const void*> row;
-    Scratch<float> sorted_factor;   // the same sorted by token
+    Scratch<float> sorted_factor;  // the same sorted by token
     Scratch<const void*> sorted_row;
     Scratch<int64_t> begin;         // [length + 1] into the sorted ones
     Scratch<float> pair_gradients;  // [documents of a query]
@@ -32,10 +32,16 @@ struct Worker {
 class Backward {
 public:
     Backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output, const Threads& threads)
-        : p(problem), in(input), out(output), threads(threads), set(instructions()), bytes(element_bytes(problem.type)) {
+        : p(problem),
+          in(input),
+          out(output),
+          threads(threads),
+          set(instructions()),
+          bytes(element_bytes(problem.type)) {
         queries_of_document = p.candidates ? 1 : p.query_count;
         for (int64_t n = 0; n < p.document_count(); ++n) {
-            documents.push_back(document_at(p, p.candidates ? n / p.documents_per_query : 0, n % p.documents_per_query));
+            documents.push_back(
+                document_at(p, p.candidates ? n / p.documents_per_query : 0, n % p.documents_per_query));
             longest = std::max(longest, documents.back().length);
         }
         if (!in.code.marked && p.document_mask) {
@@ -100,9 +106,12 @@ private:
 
     int64_t position_at(int64_t index) const {
         switch (in.code.type) {
-            case WinnerType::uint8: return static_cast<const uint8_t*>(in.winners)[index];
-            case WinnerType::uint16: return static_cast<const uint16_t*>(in.winners)[index];
-            default: return static_cast<const int32_t*>(in.winners)[index];
+            case WinnerType::uint8:
+                return static_cast<const uint8_t*>(in.winners)[index];
+            case WinnerType::uint16:
+                return static_cast<const uint16_t*>(in.winners)[index];
+            default:
+                return static_cast<const int32_t*>(in.winners)[index];
         }
     }
 
@@ -244,7 +253,8 @@ private:
         const int64_t index = i * p.query_length + r;
         const float scale = in.query_scales ? in.query_scales[index] : 1.0f;
         if (out.grad_weights) {
-            // <q, sum of gradient * winning token>: what is zero stays zero, whatever the embedding and the weight hold.
+            // <q, sum of gradient * winning token>: what is zero stays zero, whatever the embedding and the weight
+            // hold.
             set.widen(p.type, query_row(i, r), p.dimension, unit);
             out.grad_weights[index] = dot_where_not_zero(sum, unit, scale);
             const float factor = weight(i, r);
@@ -288,7 +298,8 @@ private:
 
 }  // namespace
 
-void backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output, const Threads& threads) {
+void backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
+              const Threads& threads) {
     check_offsets(problem);
     if (problem.dimension == 0 || problem.query_count * problem.query_length == 0 || problem.documents_per_query == 0) {
         const int64_t bytes = element_bytes(problem.type), rows = problem.query_count * problem.query_length;

@@ -21,7 +21,8 @@ const Instructions& choose() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    const Choice choices[] = {  // the best first
+    const Choice choices[] = {
+        // the best first
         {"avx512bf16", avx512bf16_instructions, avx512bf16},
         {"avx512", avx512_instructions, avx512},
         {"avx2", avx2_instructions, avx2},
@@ -35,7 +36,8 @@ const Instructions& choose() {
     for (const Choice& choice : choices) {
         const bool named = !any && std::string(asked) == choice.name;
         if (named && !choice.runs) {
-            throw std::runtime_error(std::string("JMLR_CPU_ISA=") + asked + ": this processor has no such instructions");
+            throw std::runtime_error(std::string("JMLR_CPU_ISA=") + asked +
+                                     ": this processor has no such instructions");
         }
         if (named || (any && choice.runs)) return choice.set();
     }

@@ -1,6 +1,6 @@
 // Scores and winners. Queries are packed once into panels, whose vectors hold one embedding dimension of as many query
-// tokens as a vector has lanes; documents are read where they lie. A similarity is then one lane of one register, and the
-// maximum over a document's tokens an instruction between registers: no similarity is ever stored.
+// tokens as a vector has lanes; documents are read where they lie. A similarity is then one lane of one register, and
+// the maximum over a document's tokens an instruction between registers: no similarity is ever stored.
 //
 // Queries that share documents form groups whose panels fit a core's second cache. A task is one group and a run of
 // documents. Derivation and measurements: docs/maxsim-cpu.md.
@@ -17,9 +17,9 @@ namespace jmlr::maxsim::cpu {
 namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
-constexpr int64_t panels_bytes = 512 * 1024;    // of a group, in half of a second cache
-constexpr int64_t chunk_bytes = 128 * 1024;     // of a document that is kept there while all panels meet it
-constexpr int64_t chunk_step = 12;              // every instruction set's tiles divide this many tokens
+constexpr int64_t panels_bytes = 512 * 1024;  // of a group, in half of a second cache
+constexpr int64_t chunk_bytes = 128 * 1024;   // of a document that is kept there while all panels meet it
+constexpr int64_t chunk_step = 12;            // every instruction set's tiles divide this many tokens
 constexpr int64_t tasks_per_thread = 16;
 
 // Queries [first, last) with their panels.
@@ -102,7 +102,8 @@ private:
         int64_t count = std::max<int64_t>(1, panels_bytes / query_bytes);
         // Few documents: smaller groups, so that every thread has some.
         const int64_t groups_wanted = (4 * threads.count + p.documents_per_query - 1) / p.documents_per_query;
-        const int64_t vectors_kept = std::max<int64_t>(1, widest_panel * set.lanes / std::max<int64_t>(1, p.query_length));
+        const int64_t vectors_kept =
+            std::max<int64_t>(1, widest_panel * set.lanes / std::max<int64_t>(1, p.query_length));
         count = std::min(count, std::max(vectors_kept, p.query_count / groups_wanted));
         return std::min(count, p.query_count);
     }
@@ -281,7 +282,7 @@ private:
                 task.panel = panels.get() + group.panel_offset + row * steps;
                 task.best = worker.best.get() + row;
                 task.winners = out.winners ? worker.winners.get() + row : nullptr;
-                task.prefetch_rows = row == 0 ? 2 * chunk_step : chunk_step;  // from memory once, then from a cache
+                task.prefetch_bytes = row == 0 && !widened ? chunk_bytes : 0;
                 pairs ? set.maxima_of_pairs(task) : set.maxima(task);
             }
         }
@@ -318,11 +319,14 @@ private:
         const int64_t first = pair * p.query_length;
         switch (out.code.type) {
             case WinnerType::uint8:
-                return write_winners(static_cast<uint8_t*>(out.winners) + first, begin, count, in_group, has_tokens, worker);
+                return write_winners(static_cast<uint8_t*>(out.winners) + first, begin, count, in_group, has_tokens,
+                                     worker);
             case WinnerType::uint16:
-                return write_winners(static_cast<uint16_t*>(out.winners) + first, begin, count, in_group, has_tokens, worker);
+                return write_winners(static_cast<uint16_t*>(out.winners) + first, begin, count, in_group, has_tokens,
+                                     worker);
             case WinnerType::int32:
-                return write_winners(static_cast<int32_t*>(out.winners) + first, begin, count, in_group, has_tokens, worker);
+                return write_winners(static_cast<int32_t*>(out.winners) + first, begin, count, in_group, has_tokens,
+                                     worker);
         }
     }
 
@@ -377,7 +381,8 @@ private:
 
 template <class Integer>
 void fill_winners(const ForwardOutput& output, int64_t count) {
-    std::fill_n(static_cast<Integer*>(output.winners), count, static_cast<Integer>(output.code.marked ? output.code.none : 0));
+    std::fill_n(static_cast<Integer*>(output.winners), count,
+                static_cast<Integer>(output.code.marked ? output.code.none : 0));
 }
 
 // No query, no document, no token or no dimension: zeros.

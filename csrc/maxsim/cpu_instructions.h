@@ -19,15 +19,15 @@ constexpr int widest_panel = 2;
 // The panel holds, for every step along the embedding dimension, one 32-bit unit of each row: a float, or a pair of
 // bfloat16. Document rows are read where they lie, in the same units.
 struct PanelTask {
-    const void* panel = nullptr;  // [steps][vectors * lanes] units, aligned to 64 bytes
-    int vectors = 0;              // 1 to widest_panel
-    int64_t steps = 0;            // units of a row, a last half pair included
-    bool half_step = false;       // the last unit of a document row is half a pair: nothing is read behind it
+    const void* panel = nullptr;      // [steps][vectors * lanes] units, aligned to 64 bytes
+    int vectors = 0;                  // 1 to widest_panel
+    int64_t steps = 0;                // units of a row, a last half pair included
+    bool half_step = false;           // the last unit of a document row is half a pair: nothing is read behind it
     const char* first_row = nullptr;  // token k's row is first_row + k * row_bytes,
     int64_t row_bytes = 0;
     const char* const* rows = nullptr;  // or rows[k], where excluded tokens lie between
     int64_t tokens = 0;                 // at least 1
-    int64_t prefetch_rows = 0;          // how far ahead of their products document rows are asked for
+    int64_t prefetch_bytes = 0;         // how far ahead memory is asked for; 0: rows lie in a cache
     const float* scales = nullptr;      // null, or one factor for each token's similarities
     float* best = nullptr;              // [vectors * lanes] maxima so far, updated
     int32_t* winners = nullptr;         // the same of their positions; null: not asked for
@@ -37,12 +37,13 @@ struct PanelTask {
 struct Instructions {
     const char* name;
     int lanes;  // floats in a vector
-    // Maxima of similarities, float32 throughout; and of bfloat16 by pairs, null where the processor has no such product.
+    // Maxima of similarities, float32 throughout; and of bfloat16 by pairs, null where the processor has no such
+    // product.
     void (*maxima)(const PanelTask& task);
     void (*maxima_of_pairs)(const PanelTask& task);
     // sum[d] += coefficients[k] * rows[k][d] for k = 0, 1, ..., in this order.
-    void (*weighted_sum)(Type type, const void* const* rows, const float* coefficients, int64_t count, int64_t dimension,
-                         float* sum);
+    void (*weighted_sum)(Type type, const void* const* rows, const float* coefficients, int64_t count,
+                         int64_t dimension, float* sum);
     float (*dot)(const float* a, const float* b, int64_t dimension);
     void (*widen)(Type type, const void* from, int64_t dimension, float* to);
     void (*narrow)(Type type, const float* from, int64_t dimension, void* to);  // to the nearest, ties to even

@@ -21,7 +21,8 @@ constexpr int64_t cache_line = 64;
 // What one unit of a query row and one of a document row add to their similarity.
 template <class V>
 struct FloatProduct {
-    static JMLR_INLINE typename V::Floats add(typename V::Floats sum, typename V::Floats query, typename V::Floats document) {
+    static JMLR_INLINE typename V::Floats add(typename V::Floats sum, typename V::Floats query,
+                                              typename V::Floats document) {
         return V::multiply_add(query, document, sum);
     }
 };
@@ -64,14 +65,18 @@ JMLR_INLINE void tile(const PanelTask& task, int64_t first) {
     };
     const auto whole = [](const char* at) JMLR_FLATTEN { return V::broadcast(at); };
     const int64_t whole_steps = task.steps - (task.half_step ? 1 : 0);
-    // A prefetch may name any address.
-    const uintptr_t ahead = static_cast<uintptr_t>(task.row_bytes) * static_cast<uintptr_t>(task.prefetch_rows);
+    // Into the first cache one tile ahead, and where rows come from memory, into the second one much farther ahead. A
+    // prefetch may name any address.
+    const auto next_tile = static_cast<uintptr_t>(task.row_bytes) * tokens;
+    const auto ahead = static_cast<uintptr_t>(task.prefetch_bytes);
     constexpr int64_t steps_of_line = cache_line / 4;
     int64_t s = 0;
     for (; s + steps_of_line <= whole_steps; s += steps_of_line) {
 #pragma GCC unroll 16
         for (int t = 0; t < tokens; ++t) {
-            __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row[t] + s * 4) + ahead));
+            const auto line = reinterpret_cast<uintptr_t>(row[t] + s * 4);
+            __builtin_prefetch(reinterpret_cast<const void*>(line + next_tile), 0, 3);
+            if (ahead) __builtin_prefetch(reinterpret_cast<const void*>(line + ahead), 0, 2);
         }
 #pragma GCC unroll 2
         for (int64_t u = 0; u < steps_of_line; ++u) step(s + u, whole);
@@ -216,7 +221,8 @@ struct Bfloat16Elements {
 };
 
 template <class V, class Elements, int vectors>
-JMLR_INLINE void sum_columns(const char* const* rows, const float* coefficients, int64_t count, int64_t first, float* sum) {
+JMLR_INLINE void sum_columns(const char* const* rows, const float* coefficients, int64_t count, int64_t first,
+                             float* sum) {
     typename V::Floats total[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) total[v] = V::load_unaligned(sum + first + v * V::lanes);
@@ -280,7 +286,8 @@ float dot(const float* a, const float* b, int64_t dimension) {
 template <class V, class Elements>
 JMLR_INLINE void widen_elements(const char* from, int64_t dimension, float* to) {
     int64_t d = 0;
-    for (; d + V::lanes <= dimension; d += V::lanes) V::store_unaligned(to + d, Elements::load(from + d * Elements::size));
+    for (; d + V::lanes <= dimension; d += V::lanes)
+        V::store_unaligned(to + d, Elements::load(from + d * Elements::size));
     for (; d < dimension; ++d) to[d] = Elements::one(from + d * Elements::size);
 }
 

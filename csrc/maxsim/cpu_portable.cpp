@@ -109,8 +109,8 @@ struct Portable {
 }  // namespace
 
 const Instructions& portable_instructions() {
-    static const Instructions set = {"portable",   Portable::lanes, maxima<Portable, FloatProduct<Portable>>,
-                                     nullptr,      weighted_sum<Portable>, dot<Portable>,
+    static const Instructions set = {"portable",      Portable::lanes,        maxima<Portable, FloatProduct<Portable>>,
+                                     nullptr,         weighted_sum<Portable>, dot<Portable>,
                                      widen<Portable>, narrow<Portable>};
     return set;
 }

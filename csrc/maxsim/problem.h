@@ -2,7 +2,8 @@
 //
 // Nothing here knows of torch; torch_cpu.cpp and torch_cuda.cpp translate tensors to these structs, after they have
 // checked shapes, dtypes and offsets. Strides count elements, in 64 bits; the embedding dimension always has stride 1.
-// Semantics: kernels' docstrings in jmlr_kernels/maxsim/function.py; derivation of the gradients: docs/maxsim-backward.md.
+// Semantics: kernels' docstrings in jmlr_kernels/maxsim/function.py; derivation of the gradients:
+// docs/maxsim-backward.md.
 
 #pragma once
 
@@ -70,9 +71,9 @@ struct WinnerCode {
 
 // All outputs are contiguous. Null: not asked for.
 struct ForwardOutput {
-    float* scores = nullptr;           // [Nq, N]; [Nq, N, Lq] with `per_token`
-    bool per_token = false;            // the maxima themselves, times their weights
-    void* winners = nullptr;           // [Nq, N, Lq], positions within the document
+    float* scores = nullptr;  // [Nq, N]; [Nq, N, Lq] with `per_token`
+    bool per_token = false;   // the maxima themselves, times their weights
+    void* winners = nullptr;  // [Nq, N, Lq], positions within the document
     WinnerCode code;
     bool normalize = false;
     float* query_scales = nullptr;     // [Nq, Lq] inverse norms of both sides, where they are normalised
@@ -95,7 +96,7 @@ struct BackwardInput {
     RuleInput rule;
     const void* winners = nullptr;  // [Nq, N, Lq], contiguous
     WinnerCode code;
-    const float* query_scales = nullptr;     // contiguous, both or neither: the forward normalised
+    const float* query_scales = nullptr;  // contiguous, both or neither: the forward normalised
     const float* document_scales = nullptr;
 };
 

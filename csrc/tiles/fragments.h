@@ -39,19 +39,23 @@ struct Fragments {
         B b[2];
     };
 
-    // a[row, k] from a tile that holds [row, k].
+    // a[row + down, k] from a tile that holds [row, k]; `down` is known to the compiler.
+    template <class Tile>
+    static JMLR_DEVICE A load_a(const Tile& tile, int row, int down, int k) {
+        A a;
+        load_matrices(a.r, tile.at(row + lane() % 16, down, lane() / 16 * 8, k));
+        return a;
+    }
     template <class Tile>
     static JMLR_DEVICE A load_a(const Tile& tile, int row, int k) {
-        A a;
-        load_matrices(a.r, tile.at(row + lane() % 16, k + lane() / 16 * 8));
-        return a;
+        return load_a(tile, row, 0, k);
     }
 
     // a[row, k] from a tile that holds [k, row].
     template <class Tile>
     static JMLR_DEVICE A load_a_transposed(const Tile& tile, int row, int k) {
         A a;
-        load_matrices_transposed(a.r, tile.at(k + lane() % 8 + lane() / 16 * 8, row + lane() / 8 % 2 * 8));
+        load_matrices_transposed(a.r, tile.at(lane() % 8 + lane() / 16 * 8, k, lane() / 8 % 2 * 8, row));
         return a;
     }
 
@@ -59,7 +63,7 @@ struct Fragments {
     template <class Tile>
     static JMLR_DEVICE BPair load_b(const Tile& tile, int n, int k) {
         uint32_t r[4];
-        load_matrices(r, tile.at(n + lane() % 8 + lane() / 16 * 8, k + lane() / 8 % 2 * 8));
+        load_matrices(r, tile.at(lane() % 8 + lane() / 16 * 8, n, lane() / 8 % 2 * 8, k));
         return BPair{{{{r[0], r[1]}}, {{r[2], r[3]}}}};
     }
 
@@ -67,7 +71,7 @@ struct Fragments {
     template <class Tile>
     static JMLR_DEVICE BPair load_b_transposed(const Tile& tile, int n, int k) {
         uint32_t r[4];
-        load_matrices_transposed(r, tile.at(k + lane() % 16, n + lane() / 16 * 8));
+        load_matrices_transposed(r, tile.at(lane() % 16, k, lane() / 16 * 8, n));
         return BPair{{{{r[0], r[1]}}, {{r[2], r[3]}}}};
     }
 
@@ -97,31 +101,35 @@ struct Fragments<float> {
     };
 
     template <class Tile>
+    static JMLR_DEVICE A load_a(const Tile& tile, int row, int down, int k) {
+        int g = row + lane() / 4, t = lane() % 4 * 2;
+        auto upper = pair(tile, g, down, t, k), lower = pair(tile, g, down + 8, t, k);
+        return split_a(upper.first, lower.first, upper.second, lower.second);
+    }
+    template <class Tile>
     static JMLR_DEVICE A load_a(const Tile& tile, int row, int k) {
-        int g = lane() / 4, t = lane() % 4 * 2;
-        return split_a(tile.read(row + g, k + t), tile.read(row + g + 8, k + t), tile.read(row + g, k + t + 1),
-                       tile.read(row + g + 8, k + t + 1));
+        return load_a(tile, row, 0, k);
     }
 
     template <class Tile>
     static JMLR_DEVICE A load_a_transposed(const Tile& tile, int row, int k) {
         int g = lane() / 4, t = lane() % 4 * 2;
-        return split_a(tile.read(k + t, row + g), tile.read(k + t, row + g + 8), tile.read(k + t + 1, row + g),
-                       tile.read(k + t + 1, row + g + 8));
+        return split_a(tile.at(t, k, g, row).read(), tile.at(t, k, g, row + 8).read(), tile.at(t + 1, k, g, row).read(),
+                       tile.at(t + 1, k, g, row + 8).read());
     }
 
     template <class Tile>
     static JMLR_DEVICE BPair load_b(const Tile& tile, int n, int k) {
         int g = lane() / 4, t = lane() % 4 * 2;
-        return BPair{{split_b(tile.read(n + g, k + t), tile.read(n + g, k + t + 1)),
-                      split_b(tile.read(n + g + 8, k + t), tile.read(n + g + 8, k + t + 1))}};
+        auto left = pair(tile, g, n, t, k), right = pair(tile, g, n + 8, t, k);
+        return BPair{{split_b(left.first, left.second), split_b(right.first, right.second)}};
     }
 
     template <class Tile>
     static JMLR_DEVICE BPair load_b_transposed(const Tile& tile, int n, int k) {
         int g = lane() / 4, t = lane() % 4 * 2;
-        return BPair{{split_b(tile.read(k + t, n + g), tile.read(k + t + 1, n + g)),
-                      split_b(tile.read(k + t, n + g + 8), tile.read(k + t + 1, n + g + 8))}};
+        return BPair{{split_b(tile.at(t, k, g, n).read(), tile.at(t + 1, k, g, n).read()),
+                      split_b(tile.at(t, k, g, n + 8).read(), tile.at(t + 1, k, g, n + 8).read())}};
     }
 
     static JMLR_DEVICE A from_accumulators(const float (*c)[4]) { return split_a(c[0][0], c[0][2], c[0][1], c[0][3]); }
@@ -137,6 +145,11 @@ struct Fragments<float> {
     }
 
 private:
+    template <class Tile>
+    static JMLR_DEVICE typename Tile::Pair pair(const Tile& tile, int row, int down, int column, int right) {
+        return tile.at(row, down, column, right).template as<typename Tile::Pair>().read();
+    }
+
     // An infinite or NaN number has no lower part, and its upper part meets no lower one (`finite` is zero then):
     // neither infinity minus infinity nor infinity times zero may appear where the factors themselves have none.
     static JMLR_DEVICE void split(float x, uint32_t& high, uint32_t& low, uint32_t& finite) {

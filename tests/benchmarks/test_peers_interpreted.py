@@ -55,7 +55,7 @@ def test_every_call_runs_and_is_right(layout: str, queries: int, libraries: set[
     case = MaxSimCase(queries, 3, 16, 20, backward=True, dim=32, layout=layout, shortest=5)
     *tensors, grad = case.inputs(CPU, torch.float32)
     exact = maxsim.exact(case, tensors, grad)
-    candidates = peers.maxsim(case, CPU)
+    candidates = peers.maxsim(case, CPU, made_for="cuda")
     prefixes = {module.replace("_", "-") for module in libraries}
     assert {next(prefix for prefix in prefixes if name.startswith(prefix)) for name in candidates} == prefixes
     for candidate in candidates.values():
@@ -81,3 +81,17 @@ def test_flash_maxsims_switch_is_set_for_each_backward(libraries: set[str], monk
         steps_of(flash_maxsim.candidates(case, CPU)[name].make(), tensors, grad)[STEP]()
         assert os.environ[flash_maxsim.SWITCH] == wanted
     monkeypatch.delenv(flash_maxsim.SWITCH)
+
+
+@pytest.mark.parametrize("queries", [2, 1])
+@pytest.mark.parametrize("layout", ["in-batch", "candidates", "packed"])
+def test_maxsim_cpu_is_right(layout: str, queries: int) -> None:
+    pytest.importorskip("maxsim_cpu")
+    case = MaxSimCase(queries, 3, 16, 20, backward=False, dim=32, layout=layout, shortest=5)
+    *tensors, grad = case.inputs(CPU, torch.float32)
+    ((name, candidate),) = peers.maxsim(case, CPU).items()
+    assert name == "maxsim-cpu" and candidate.directions == (FORWARD,)
+    results = results_of(steps_of(candidate.make(), tensors, grad)[FORWARD], case, candidate)
+    compare(results, maxsim.exact(case, tensors, grad), candidate, torch.float32, FORWARD)
+    with pytest.raises(TypeError, match="float32 alone"):
+        candidate.make()(tensors[0].detach().bfloat16(), tensors[1].detach().bfloat16())

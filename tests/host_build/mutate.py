@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from build import HERE, NAME, ROOT, build
+from host_module import HERE, NAME, ROOT, build
 
 # A bug may leave a variable unused.
 FLAGS = ("-O1", "-Wno-error")

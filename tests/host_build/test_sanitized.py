@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from build import HERE, ROOT
+from host_module import HERE, ROOT
 
 SEEDED = """
 import torch
-from build import load
+from host_module import load
 a, b, c = torch.randn(8, 40), torch.randn(8, 40), torch.empty(8, 8)
 load().product(a, b, c, False, {fault})
 print("survived")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from build import load
+from host_module import load
 
 FAULTS = {
     1: "race|under way|nobody has written",  # no barrier after the load

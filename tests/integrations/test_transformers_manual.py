@@ -16,9 +16,32 @@ MANUAL = sections("transformers.md")
 EXAMPLES = {title: code_blocks(text) for title, text in MANUAL.items() if code_blocks(text)}
 SCRIPT = "FSDP2"
 SLOW = ("torch.compile", SCRIPT)
-# accelerate turns FSDP on for accelerators alone; what it then runs is the same on a CPU.
+# accelerate turns FSDP on for accelerators alone; what it then runs is the same on a CPU. There, torch's gloo threads
+# may still hold tensors when the interpreter is torn down, and abort it (pytorch/pytorch#179291): the last thing that
+# a process does is to leave without the teardown.
 FSDP_ON_A_CPU = """
+import atexit
 import os
+import sys
+
+failures = []
+report = sys.excepthook
+
+
+def remember(*error):
+    failures.append(error)
+    report(*error)
+
+
+def leave():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if failures else 0)
+
+
+if "RANK" in os.environ:
+    sys.excepthook = remember
+    atexit.register(leave)
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 from accelerate import state
@@ -69,6 +92,8 @@ def test_example(title, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_fsdp2_example(tmp_path):
     pytest.importorskip("accelerate")
+    from test_transformers_fsdp import free_port
+
     (language, script), (shell, launch) = EXAMPLES[SCRIPT]
     assert (language, shell) == ("python", "sh")
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
@@ -80,7 +105,12 @@ def test_fsdp2_example(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(DOCS.parent)]),
     }
     done = subprocess.run(
-        ["bash", "-ec", launch], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        ["bash", "-ec", launch.replace("launch", f"launch --main_process_port {free_port()}", 1)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")

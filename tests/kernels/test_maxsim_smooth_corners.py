@@ -214,8 +214,8 @@ def test_bitwise_repeatable_and_allowed_by_deterministic_mode(backend: str) -> N
 
 
 def test_jagged_documents() -> None:
-    texts = [torch.randn(length, 8, requires_grad=True) for length in (3, 9, 1)]
-    queries = torch.randn(2, 4, 8)
+    texts = [torch.randn(length, 8, dtype=torch.float64, requires_grad=True) for length in (3, 9, 1)]
+    queries = torch.randn(2, 4, 8, dtype=torch.float64)
     nested = torch.nested.as_nested_tensor(texts, layout=torch.jagged)
     maxsim_smooth(queries, nested, temperature=0.5).pow(2).sum().backward()
     expected = torch.stack([0.5 * torch.logsumexp(queries @ text.T / 0.5, -1).sum(-1) for text in texts], dim=1)

@@ -136,7 +136,8 @@ void run(int64_t number) {
                : bound <= 65536 ? WinnerCode{WinnerType::uint16, 65535, true}
                                 : WinnerCode{};
     const int64_t winner_bytes = out.code.type == WinnerType::uint8 ? 1 : out.code.type == WinnerType::uint16 ? 2 : 4;
-    Buffer<float> scores(per_token ? pairs * p.query_length : pairs), query_scales(query_tokens), document_scales(tokens);
+    Buffer<float> scores(per_token ? pairs * p.query_length : pairs), query_scales(query_tokens),
+        document_scales(tokens);
     Buffer<char> winners(pairs * p.query_length * winner_bytes);
     out.scores = scores.get();
     out.per_token = per_token;
@@ -210,8 +211,10 @@ void run(int64_t number) {
                 if (winner < 0) continue;
                 const double g = per_token ? grad[at] : grad[pair], factor = g * (weighted ? weights[own] : 1.0f);
                 for (int64_t d = 0; d < p.dimension; ++d) {
-                    want_queries[own * p.dimension + d] += factor * as_float(p.type, p.documents, (first + winner) * row + d);
-                    want_documents[(first + winner) * p.dimension + d] += factor * as_float(p.type, p.queries, own * row + d);
+                    want_queries[own * p.dimension + d] +=
+                        factor * as_float(p.type, p.documents, (first + winner) * row + d);
+                    want_documents[(first + winner) * p.dimension + d] +=
+                        factor * as_float(p.type, p.queries, own * row + d);
                 }
             }
             if (!per_token && scores[pair] != score) fail("score", number);

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -52,7 +53,8 @@ def build(
         ninja.append(f"build {source.stem}.o: compile {source}")
     ninja.append(f"build {target.name}: link {' '.join(objects)}")
     (directory / "build.ninja").write_text("\n".join(ninja) + "\n", encoding="utf-8")
-    command = shutil.which("ninja") or "ninja"
+    beside = Path(sys.executable).with_name("ninja")
+    command = str(beside) if beside.is_file() else shutil.which("ninja") or "ninja"
     done = subprocess.run([command, "-C", str(directory), target.name], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the host build of csrc/ does not compile:\n{(done.stdout + done.stderr)[-8000:]}")

@@ -1,0 +1,48 @@
+// All tuning of the kernels: one pure function of what is known when they are compiled.
+#pragma once
+
+#include "../tiles/platform.h"
+
+namespace jmlr::shifted_attention {
+
+enum class Kernel { forward, backward_dq, backward_dkdv };
+
+struct TileSizes {
+    int block_m, block_n;  // queries and keys of a tile
+    int bands;             // of 16 rows that a warp owns: a fragment that it loads serves all of them
+    int parts;             // warps that share rows, and divide the columns of what these sum up
+    int unroll;            // steps of a product over the columns of a head that are written out
+    int min_blocks = 1;    // that shall share a multiprocessor, which limits registers
+};
+
+// Chosen so that nothing spills and two stages of tiles fit the shared memory of compute capability 8.0, and then so
+// that few blocks read the same rows and few warps the same fragments. No choice has been timed.
+constexpr TileSizes tile_sizes(Kernel kernel, int element_bytes, int block_d) {
+    bool wide = element_bytes == 4;
+    switch (kernel) {
+        case Kernel::forward:
+            if (wide && block_d <= 32) return {64, 32, 1, 1, 4};
+            if (wide) return block_d <= 128 ? TileSizes{64, 16, 1, 1, 4} : TileSizes{64, 16, 1, 2, 4};
+            if (block_d <= 128) return block_d <= 96 ? TileSizes{128, 64, 2, 1, 4} : TileSizes{128, 32, 2, 1, 8};
+            return {128, 64, 1, 1, 4};
+        case Kernel::backward_dq:
+            if (wide && block_d <= 32) return {64, 32, 1, 1, 2};
+            if (wide) return block_d <= 128 ? TileSizes{64, 16, 1, 1, 2} : TileSizes{32, 16, 1, 2, 2};
+            if (block_d <= 64) return block_d <= 32 ? TileSizes{128, 64, 2, 1, 2} : TileSizes{128, 32, 2, 1, 2};
+            return block_d <= 128 ? TileSizes{128, 64, 1, 1, 2} : TileSizes{64, 32, 1, 1, 2};
+        default:
+            if (wide && block_d <= 64) return {32, 64, 1, 1, 2};
+            if (wide && block_d <= 128) return block_d <= 96 ? TileSizes{16, 64, 1, 1, 2} : TileSizes{16, 64, 1, 2, 2};
+            if (wide) return {16, 32, 1, 4, 2};
+            if (block_d <= 64) return block_d <= 32 ? TileSizes{64, 128, 2, 1, 2} : TileSizes{32, 128, 2, 1, 2};
+            return block_d <= 128 ? TileSizes{64, 128, 1, 1, 2} : TileSizes{32, 64, 1, 2, 2};
+    }
+}
+
+// The rows that a block owns are queries, but keys in backward_dkdv.
+constexpr int threads_of(Kernel kernel, TileSizes sizes) {
+    int rows = kernel == Kernel::backward_dkdv ? sizes.block_n : sizes.block_m;
+    return rows / (16 * sizes.bands) * sizes.parts * tiles::kWarp;
+}
+
+}  // namespace jmlr::shifted_attention

@@ -1,0 +1,82 @@
+"""Bugs that the CUDA kernels of shifted sparse attention might have, and the build that shows them: float16 alone.
+
+``python tests/host_build/mutations_shifted_attention.py`` tries all of them (or those whose name holds an
+argument) and prints which probe, or which check of the emulator, noticed; exit code 1 if one survived.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from mutate import Workshop, read_mutations
+
+DTYPE = torch.float16
+SOURCES = ["emulator.cpp", "attention_half.cpp", "attention_module.cpp"]
+# The module's entry, and the element types that are left out.
+EXTRA = {
+    "only_attention.cpp": """
+#include <pybind11/pybind11.h>
+#include "../../csrc/shifted_attention/sm80.h"
+#include "emulator.h"
+namespace host_build { void bind_shifted_attention(pybind11::module_& module); }
+PYBIND11_MODULE(jmlr_host_build, module) {
+    pybind11::register_exception<emulator::Violation>(module, "Violation");
+    host_build::bind_shifted_attention(module);
+}
+namespace jmlr::shifted_attention::sm80 {
+"""
+    + "\n".join(
+        f"void {direction}_{name}(const {direction.title()}Problem&, void*) {{ std::abort(); }}"
+        for direction in ("forward", "backward")
+        for name in ("float", "bfloat16")
+    )
+    + "\n}\n",
+}
+
+MUTATIONS = read_mutations(Path(__file__).with_suffix(".txt"))
+
+
+def noticed_by(module: ModuleType) -> str | None:
+    """The first probe that fails on these kernels, and how; None if all pass."""
+    import attention_calls
+    import attention_probes
+
+    todo = {f"{name}, {boundary}": partial(attention_probes.layout, name, boundary=boundary)
+            for name in attention_probes.LAYOUTS for boundary in ("split", "wrap")}  # fmt: skip
+    todo |= {f"{dim} columns": partial(attention_probes.widths, dim=dim) for dim in (33, 256)}
+    attention_calls.kernels = module
+    try:
+        for name, probe in {**todo, **attention_probes.PROBES}.items():
+            try:
+                probe(dtype=DTYPE)
+            except (AssertionError, module.Violation) as error:
+                return f"{name}: {type(error).__name__}: {(str(error) or 'another result').splitlines()[0]}"
+    finally:
+        attention_calls.kernels = None
+    return None
+
+
+def main(names: list[str]) -> int:
+    survivors = []
+    with tempfile.TemporaryDirectory() as directory:
+        workshop = Workshop(Path(directory) / "workshop", SOURCES, EXTRA)
+        found = noticed_by(workshop.module())
+        print(f"without a bug: {found or 'nothing noticed'}", flush=True)
+        chosen = [mutation for mutation in MUTATIONS if not names or any(name in mutation.name for name in names)]
+        for mutation in chosen:
+            found = noticed_by(workshop.module(mutation))
+            print(f"{mutation.name}: {found or 'SURVIVED'}", flush=True)
+            survivors += [] if found else [mutation.name]
+    print(f"{len(chosen)} bugs, {len(survivors)} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    tests = Path(__file__).parents[1]
+    sys.path[:0] = [str(tests), str(tests.parent)]
+    sys.exit(main(sys.argv[1:]))
