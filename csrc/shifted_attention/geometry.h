@@ -110,7 +110,7 @@ JMLR_DEVICE Work work_of(const Layout& layout, int block, int heads) {
     int before = shifted ? smaller((layout.group_size - layout.group_size / 2) / kBlock, deal.of_group) : 0;
     int number = group * deal.of_group + (kLastFirst ? deal.of_group - 1 - rank : rank) - before;
     int length = layout.rows;
-    if (layout.seq_lens != nullptr) length = larger(smaller(tiles::load(layout.seq_lens + batch), layout.rows), 0);
+    if (layout.seq_lens != nullptr) length = smaller(tiles::load(layout.seq_lens + batch), layout.rows);
     return {head, {batch, 0, layout.rows, length}, number < 0 || number >= deal.tiles ? layout.rows : number * kBlock};
 }
 

@@ -171,20 +171,22 @@ def causality(dtype):
 
 def strides(dtype):
     """Layouts that models hand over, and views that start or step at no multiple of 16 bytes: the same bits."""
-    for dim, heads, boundary in ((32, 2, "wrap"), (24, 1, "split")):
-        plain = make_inputs((2, 70), heads, 1, dim, dtype)
-        options = {"boundary": boundary}
-        truth = attention_calls.results(*plain, 50, **options)
-        q, k, v, grad = plain
-        fused = torch.cat([k, v, k], dim=2)
-        transposed = q.transpose(1, 2).contiguous().transpose(1, 2)
-        misaligned = torch.empty(k.numel() + 1, dtype=dtype)[1:].view(k.shape).copy_(k)
-        odd = torch.full((*grad.shape[:-1], dim + 1), torch.nan, dtype=dtype)[..., :dim].copy_(grad)
-        same(attention_calls.results(transposed, fused[:, :, :1], fused[:, :, 1:2], odd, 50, **options), truth)
-        same(attention_calls.results(q, misaligned, v, grad, 50, **options), truth)
-        every_other = torch.full((4, 140, heads, dim), torch.nan, dtype=dtype)
-        every_other[::2, ::2] = q
-        same(attention_calls.results(every_other[::2, ::2], k, v, grad, 50, **options), truth)
+    plain = make_inputs((2, 70), 2, 1, 32, dtype)
+    truth = attention_calls.results(*plain, 50, boundary="wrap")
+
+    def equal(*tensors):
+        same(attention_calls.results(*tensors, 50, boundary="wrap"), truth)
+
+    q, k, v, grad = plain
+    fused = torch.cat([k, v, k], dim=2)
+    equal(q.transpose(1, 2).contiguous().transpose(1, 2), fused[:, :, :1], fused[:, :, 1:2], grad)
+    equal(q, torch.empty(k.numel() + 1, dtype=dtype)[1:].view(k.shape).copy_(k), v, grad)
+    every_other = torch.full((4, 140, 2, 32), torch.nan, dtype=dtype)
+    every_other[::2, ::2] = q
+    equal(every_other[::2, ::2], k, v, grad)
+    for steps in ((5600, 80, 33), (5680, 81, 40), (5601, 80, 40)):  # only heads, only tokens, only rows of the batch
+        apart = (torch.full((12000,), torch.nan, dtype=dtype).as_strided(x.shape, (*steps, 1)) for x in plain)
+        equal(*(y.copy_(x) for x, y in zip(plain, apart, strict=True)))
 
 
 def gradient_of_a_sum(dtype):
