@@ -1,6 +1,7 @@
 """MaxSim: every way to compute a case, ours and others'.
 
-* ``jmlr``: the package; ``torch``: its plain-torch backend.
+* ``jmlr``: the package; ``jmlr-triton``: its Triton kernels, where ``jmlr`` is something else; ``torch``: its
+  plain-torch backend.
 * ``einsum``, ``einsum-input-dtype``, ``gemm``: stored similarities (benchmarks/baselines.py); ``recompute``: blocks of
   documents under activation checkpointing.
 * ``einsum-compiled``, ``gemm-compiled``: under ``torch.compile``; ``-tuned``: in its mode
@@ -83,6 +84,8 @@ def candidates(case: MaxSimCase, device: torch.device, compiled: int) -> dict[st
         "jmlr": Candidate(lambda: ours(case, device=device)),
         "torch": Candidate(lambda: ours(case, "torch", device)),
     }
+    if jmlr_kernels.backend_info().get("cuda") == "available":
+        found["jmlr-triton"] = Candidate(lambda: ours(case, "triton", device))
     found |= peers.maxsim(case, device)
     forms = {
         "gemm": baselines.gemm,
@@ -107,4 +110,4 @@ def _compiled(make: Callable[[], Function], mode: str | None) -> Function:
 
 def is_baseline(name: str) -> bool:
     """Whether a candidate counts for the ratio: all but ours."""
-    return name != "jmlr"
+    return not name.startswith("jmlr")

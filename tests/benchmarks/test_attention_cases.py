@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import attention, oracle, roofline, run
+from benchmarks import attention, maxsim, oracle, roofline, run
 from benchmarks import attention_baselines as baselines
 from benchmarks.attention_cases import DRY_CASES, GPU_CASES, AttentionCase
 from benchmarks.candidate import BACKWARD, FORWARD, STEP
@@ -210,7 +210,8 @@ def test_rates_and_the_backward_that_was_not_timed() -> None:
 
 
 def test_the_cuda_library_would_be_timed_beside_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(CASES[0])
-    assert "jmlr-triton" not in attention.candidates(case, CPU, 0)
-    monkeypatch.setattr("jmlr_kernels.backend_info", lambda: {"cuda": "available"})
-    assert "jmlr-triton" in attention.candidates(case, CPU, 0) and not attention.is_baseline("jmlr-triton")
+    for suite, case in ((attention, CASES[0]), (maxsim, maxsim.DRY_CASES[0])):
+        monkeypatch.setattr("jmlr_kernels.backend_info", lambda: {"cuda": "no CUDA part"})
+        assert "jmlr-triton" not in suite.candidates(case, CPU, 0)
+        monkeypatch.setattr("jmlr_kernels.backend_info", lambda: {"cuda": "available"})
+        assert "jmlr-triton" in suite.candidates(case, CPU, 0) and not suite.is_baseline("jmlr-triton")

@@ -12,9 +12,10 @@ from jmlr_kernels.maxsim.reference import maxsim_reference
 
 # The backends that take CPU tensors here, or CUDA tensors where there is a GPU. Without the native library there are
 # two; tests/native says why it is missing.
+_HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_OPERATIONS = ("maxsim_forward", "maxsim_backward")
 BACKENDS = ["torch", "triton"]
-if native.has("maxsim_backward", "cpu") and not torch.cuda.is_available():
-    BACKENDS.append("cpu")
+BACKENDS += [name for name in ("cpu", "cuda") if native.why_not(_OPERATIONS, name, _HERE, torch.float32) is None]
 
 
 @dataclass
