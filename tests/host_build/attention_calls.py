@@ -7,7 +7,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from build import load
+from host_module import load
 
 from jmlr_kernels.shifted_attention.function import lse_like
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from build import load
+from host_module import load
 
 from jmlr_kernels import ops
 from jmlr_kernels.maxsim.gradient_rule import unpack

@@ -68,6 +68,14 @@ def longer_than_the_mean(dtype: torch.dtype) -> None:
     close(dtype, case.to(dtype))
 
 
+def vectors_of_any_length(dtype: torch.dtype) -> None:
+    """Norms whose squares overflow or vanish in float16, and a zero vector."""
+    case = make_case(dimension=32, query_count=4, normalize=True, weighted=True)
+    case.documents *= torch.logspace(-3, 3, case.documents.shape[1], dtype=torch.float64)[:, None]
+    case.documents[1, 2] = 0
+    close(dtype, case.to(dtype))
+
+
 def unmarked_winners(dtype: torch.dtype) -> None:
     """256 tokens: every byte is a position, and who has no winner follows from the masks."""
     case = make_case(query_count=2, documents=3, query_length=3, document_length=256, dimension=16, masked=True)
@@ -167,6 +175,11 @@ def per_token(dtype: torch.dtype) -> None:
         results.append((maxima[:, :, 2:].detach(), queries.grad, documents.grad))
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected)
+    # A winner of infinity whose maximum the loss does not look at, beside one that it does.
+    queries = torch.ones(1, 2, 1, dtype=dtype, requires_grad=True)
+    documents = torch.tensor([[[1.0]], [[torch.inf]]], dtype=dtype, requires_grad=True)
+    maxsim_tokens(queries, documents, backend="triton")[:, 0].sum().backward()
+    assert queries.grad.flatten().tolist() == [1, 1] and documents.grad.flatten().tolist() == [2, 0]
     offsets = torch.tensor([0, 20, 30], dtype=torch.int32)
     arguments = (torch.randn(2, 3, 16).to(dtype), torch.randn(30, 16).to(dtype), None, None, None, offsets)
     for tokens in (False, True):
@@ -198,6 +211,18 @@ def gaps_and_splits(dtype: torch.dtype) -> None:
             assert torch.equal(winners, expected["winners"])
             for name in ("grad_queries", "grad_documents", "grad_weights"):
                 torch.testing.assert_close(found[name], expected[name])
+
+
+def documents_split_among_warps(dtype: torch.dtype) -> None:
+    """One query and many documents: d(queries) is summed in parts, in one chunk and in several."""
+    maxsim_calls.processors = 1000
+    try:
+        for dimension, normalize in ((16, False), (20, True), (140, True)):
+            case = make_case(query_count=1, documents=150, query_length=3, document_length=2, dimension=dimension,
+                             weighted=True, normalize=normalize)  # fmt: skip
+            close(dtype, case.to(dtype))
+    finally:
+        maxsim_calls.processors = 2
 
 
 def uncovered_tokens(dtype: torch.dtype) -> None:
@@ -238,6 +263,7 @@ PROBES: dict[str, Callable[[torch.dtype], None]] = {
     for function in (
         scans_of_winners,
         longer_than_the_mean,
+        vectors_of_any_length,
         unmarked_winners,
         ties,
         not_a_number,
@@ -246,6 +272,7 @@ PROBES: dict[str, Callable[[torch.dtype], None]] = {
         nothing_to_score,
         per_token,
         gaps_and_splits,
+        documents_split_among_warps,
         uncovered_tokens,
         turns,
     )

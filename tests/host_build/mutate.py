@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from build import HERE, NAME, ROOT, build
+from host_module import HERE, NAME, ROOT, build
+
+# A bug may leave a variable unused.
+FLAGS = ("-O1", "-Wno-error")
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,12 @@ class Workshop:
     def module(self, mutation: Mutation | None = None) -> ModuleType:
         """The kernels with one mutation, or none. Raises RuntimeError where they do not compile."""
         if mutation is None:
-            return self._load(build(self.objects, here=self.here, chosen=self.sources, extra=("-O1", "-w")))
+            return self._load(build(self.objects, here=self.here, chosen=self.sources, extra=FLAGS))
         path = self.csrc / mutation.file
         original = path.read_text(encoding="utf-8")
         path.write_text(mutation.applied(original), encoding="utf-8")
         try:
-            return self._load(build(self.objects, here=self.here, chosen=self.sources, extra=("-O1", "-w")))
+            return self._load(build(self.objects, here=self.here, chosen=self.sources, extra=FLAGS))
         finally:
             path.write_text(original, encoding="utf-8")
 

@@ -19,8 +19,8 @@ enum Fault {
     kUnwrittenShared,
     kMisaligned,
     kWriteToInput,
-    kDivergentWarp,
     kOutsideOfArray,  // of a thread's own: for the sanitizers alone
+    kDivergentWarp,
 };
 
 template <class Element, bool kTransposed>

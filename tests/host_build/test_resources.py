@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from build import HERE
+from host_module import HERE
 
 from tools import resources
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from build import load
+from host_module import load
 
 FAULTS = {
     1: "race|under way|nobody has written",  # no barrier after the load
@@ -18,7 +18,7 @@ FAULTS = {
     9: "under way",  # copies that no wait covers
     10: "misaligned",
     11: "write to the input",
-    12: "different warp-wide instructions|not all lanes",  # the warp's number asked for by one lane
+    13: "different warp-wide instructions|not all lanes",  # the warp's number asked for by one lane
 }
 
 

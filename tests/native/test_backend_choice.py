@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,12 +150,17 @@ def test_which_chips_run_what(target: str, capability: tuple[int, int], runs: bo
 
 
 @pytest.mark.parametrize(
-    ("driver", "capability", "problem"),
-    [(13000, (9, 0), None), (12080, (9, 0), "CUDA 12.8"), (13000, (7, 5), "sm_75"), (13020, (12, 0), None)],
-)
+    ("driver", "capability", "kilobytes", "problem"),
+    [
+        (13000, (9, 0), 227, None), (12080, (9, 0), 227, "CUDA 12.8"), (13000, (7, 5), 163, "sm_75"),
+        (13020, (10, 0), 227, None), (13000, (8, 0), 163, None), (13000, (8, 9), 99, "this GPU has 99"),
+    ],
+)  # fmt: skip
 def test_driver_and_chip_are_looked_at(
-    monkeypatch: pytest.MonkeyPatch, driver: int, capability: tuple[int, int], problem: str | None
+    monkeypatch: pytest.MonkeyPatch, driver: int, capability: tuple[int, int], kilobytes: int, problem: str | None
 ) -> None:
+    chip = types.SimpleNamespace(shared_memory_per_block_optin=kilobytes * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
