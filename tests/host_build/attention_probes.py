@@ -52,7 +52,9 @@ def same(left, right):
 LAYOUTS = {
     "whole groups": ((1, 256), 2, 2, 20, 128, {}),
     "odd group": ((2, 201), 2, 1, 20, 67, {}),
-    "one short group": ((1, 150), 3, 3, 20, 362, {}),  # rolled by 31 in "wrap": to the last token of a tile of keys
+    # Rolled by 127 and by 129 in "wrap": to the last and to the second token of a tile of keys.
+    "one short group": ((1, 150), 3, 3, 20, 254, {}),
+    "one group and a half": ((1, 150), 2, 1, 20, 258, {}),
     "groups shorter than a tile": ((1, 140), 6, 3, 20, 7, {}),
     "one head": ((1, 135), 1, 1, 20, 60, {}),
     # A shifted group starts at 130: in one of its key tiles, the last key alone must be masked for a single query.
@@ -189,6 +191,13 @@ def strides(dtype):
         equal(*(y.copy_(x) for x, y in zip(plain, apart, strict=True)))
 
 
+def narrow_heads(dtype):
+    """Aligned rows whose last chunk belongs to the head in part: what comes after it is not read."""
+    plain = make_inputs((2, 70), 2, 1, 20, dtype)
+    apart = [torch.full((*x.shape[:-1], 32), torch.nan, dtype=dtype)[..., :20].copy_(x) for x in plain]
+    same(attention_calls.results(*apart, 50), attention_calls.results(*plain, 50))
+
+
 def gradient_of_a_sum(dtype):
     """Its strides are 0, but for the unit stride of the last dimension."""
     q, k, v, _ = make_inputs((2, 140), 2, 1, 24, dtype)
@@ -231,6 +240,6 @@ def far_rows(dtype):
         same(attention_calls.results(*apart, 2, **options), attention_calls.results(*tensors, 2, **options))
 
 
-_CORNERS = (a_token_alone, scales, large_scores, log_sums, causality, strides, gradient_of_a_sum, order_of_blocks)
-_CORNERS += (long_groups, long_lengths, far_rows)
+_CORNERS = (a_token_alone, scales, large_scores, log_sums, causality, strides, narrow_heads, gradient_of_a_sum)
+_CORNERS += (order_of_blocks, long_groups, long_lengths, far_rows)
 PROBES = {probe.__name__.replace("_", " "): probe for probe in _CORNERS}
