@@ -92,15 +92,17 @@ def _ragged(starts: torch.Tensor, lengths: torch.Tensor, group_size: int, first:
 # --------------------------------------------------------------------------- causal attention inside equal groups
 
 
-def _fused_cpu(q: torch.Tensor) -> bool:
-    return q.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
+def _fused_cpu(q: torch.Tensor, scale: float) -> bool:
+    """Whether torch has it fused. That multiplies masked scores, which are -inf, by the scale: it must be positive."""
+    there = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
+    return q.device.type == "cpu" and there and scale > 0
 
 
 def _causal_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k, v [N, h, L, D] -> out [N, h, L, D], natural-log lse [N, h, L]."""
-    if _fused_cpu(q):
+    if _fused_cpu(q, scale):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=_accumulate(q), device=q.device)
     for batch, rows, keys in _blocks(q):
@@ -121,7 +123,7 @@ def _causal_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of :func:`_causal_forward`; the derivation is docs/shifted-attention-backward.md."""
-    if _fused_cpu(q):
+    if _fused_cpu(q, scale):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, True, scale=scale
         )

@@ -111,7 +111,7 @@ def recomputing(grad):
 
     def function(q, k, v, group_size, scale=None):
         options = (group_size, None, None, False, q.shape[-1] ** -0.5 if scale is None else scale)
-        with torch.no_grad(), patch.object(torch_grouped, "_fused_cpu", lambda q: False):
+        with torch.no_grad(), patch.object(torch_grouped, "_fused_cpu", lambda *_: False):
             out, lse = torch_grouped.forward(q, k, v, *options)
             grads = torch_grouped.backward(grad.to(q), q, k, v, out, lse, *options)
         return _Given.apply(out, grads, q, k, v)

@@ -100,22 +100,20 @@ def backward(
     return *grads, grad_weights.to(queries.dtype if query_weights is None else query_weights.dtype)
 
 
-_IMPLEMENTATIONS = {
-    "jmlr_kernels.maxsim.triton_forward:forward": forward,
-    "jmlr_kernels.maxsim.triton_backward:backward": backward,
-}
+_IMPLEMENTATIONS = {"maxsim_forward": forward, "maxsim_backward": backward}
 
 
 @contextmanager
 def in_place_of_triton(monkeypatch):
     """Within it, ``backend="triton"`` of MaxSim's public functions runs the emulated CUDA kernels, bfloat16 too."""
-    original_load, original_why = ops._load, ops._why_not
+    original, original_why = ops._implementation, ops._why_not
 
-    def replaced(target: str) -> Any:
-        return _IMPLEMENTATIONS.get(target) or original_load(target)
+    def replaced(name: str, backend: str) -> Any:  # in front of the cache, which outlives this
+        own = _IMPLEMENTATIONS.get(name) if backend == "triton" else None
+        return own or original(name, backend)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_load", replaced)
+        patch.setattr(ops, "_implementation", replaced)
         patch.setattr(
             ops, "_why_not", lambda backend, *rest: None if backend == "triton" else original_why(backend, *rest)
         )

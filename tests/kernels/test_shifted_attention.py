@@ -53,7 +53,7 @@ CASES = {
 def torch_path(request, monkeypatch):
     """Both ways in which the torch backend computes a group: torch's CPU kernel, and the one of every other device."""
     if request.param == "matmul":
-        monkeypatch.setattr(torch_grouped, "_fused_cpu", lambda q: False)
+        monkeypatch.setattr(torch_grouped, "_fused_cpu", lambda *_: False)
         monkeypatch.setattr(torch_grouped, "_QUERY_ROWS", 5)
         monkeypatch.setattr(torch_grouped, "_MAX_SCORES", 200)
     monkeypatch.setattr(torch_grouped, "_MAX_ROWS", 16)
@@ -70,6 +70,16 @@ def test_equals_the_definition_in_float64(case, group_size, boundary, torch_path
     expected = results(shifted_sparse_attention_reference, inputs, group_size, **options)
     for name, x, y in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_a_scale_may_be_negative_or_zero(scale):
+    """torch's fused CPU attention multiplies its mask of -inf by the scale, which gives NaN."""
+    inputs = make_inputs(2, 37, 4, 2, 5)
+    actual = results(shifted_sparse_attention, inputs, 8, scale=scale, backend="torch")
+    expected = results(shifted_sparse_attention_reference, inputs, 8, scale=scale)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)

@@ -102,7 +102,7 @@ def test_autocast_takes_the_autocast_dtype_and_returns_float32_gradients():
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "matmul"])
 def test_the_operations_themselves_know_no_autocast(fused, monkeypatch):
     """Their inputs were cast before; what they keep in float32 stays in float32."""
-    monkeypatch.setattr(torch_grouped, "_fused_cpu", lambda q: fused)
+    monkeypatch.setattr(torch_grouped, "_fused_cpu", lambda *_: fused)
     q, k, v = make_inputs()
     options = (8, None, None, False, 0.3, "torch")
     out, lse = OPS.shifted_attention_forward(q, k, v, *options)
