@@ -8,6 +8,7 @@ result.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from host_module import HERE, NAME, ROOT, build
 
 # A bug may leave a variable unused.
 FLAGS = ("-O1", "-Wno-error")
+
+
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,6 @@ class Workshop:
         self.sources = [self.here / name for name in [*sources, *extra]]
         for name, text in extra.items():
             (self.here / name).write_text(text, encoding="utf-8")
-        self.loaded = 0
 
     def module(self, mutation: Mutation | None = None) -> ModuleType:
         """The kernels with one mutation, or none. Raises RuntimeError where they do not compile."""
@@ -80,12 +83,12 @@ class Workshop:
             path.write_text(original, encoding="utf-8")
 
     def _load(self, library: Path) -> ModuleType:
-        # A process loads a path once, and pybind11 makes a module of a name once: each build gets its own.
-        self.loaded += 1
-        own = library.with_name(f"{self.loaded}") / library.name
+        # A process loads a path once, and pybind11 makes a module of a name once: each build gets its own, in all workshops.
+        number = next(_NUMBERS)
+        own = library.with_name(f"{number}") / library.name
         own.parent.mkdir()
         shutil.copy2(library, own)
-        spec = importlib.util.spec_from_file_location(f"{NAME}{self.loaded}.{NAME}", own)
+        spec = importlib.util.spec_from_file_location(f"{NAME}{number}.{NAME}", own)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
