@@ -83,7 +83,7 @@ class Workshop:
             path.write_text(original, encoding="utf-8")
 
     def _load(self, library: Path) -> ModuleType:
-        # A process loads a path once, and pybind11 makes a module of a name once: each build gets its own, in all workshops.
+        # A process loads a path once, and pybind11 makes a module of a name once: no two builds share either.
         number = next(_NUMBERS)
         own = library.with_name(f"{number}") / library.name
         own.parent.mkdir()
