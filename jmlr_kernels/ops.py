@@ -184,12 +184,17 @@ for _operation in _TABLE:
     _register(_operation)
 
 
-# Bound once: looking them up would cost as much as calling them.
-_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._are_functorch_transforms_active
-_tracer = torch._C._get_tracing_state
-_profiled = torch._C._autograd._profiler_enabled
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+# Bound once: looking them up would cost as much as calling them. They are torch's own business: a release without one of
+# them gets the ordinary ways, some microseconds slower.
+try:
+    _modes = torch._C._len_torch_dispatch_stack
+    _transforms = torch._C._are_functorch_transforms_active
+    _tracer = torch._C._get_tracing_state
+    _profiled = torch._C._autograd._profiler_enabled
+    _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    _shortcuts = True
+except AttributeError:
+    _shortcuts = False
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, list, str, int, float, bool, type(None)})
 
 
@@ -199,14 +204,14 @@ def call(operation: str, *arguments: Any) -> Any:
     The dispatcher is for those who watch it: the compiler, a profiler, a mode such as a FLOP counter, a subclass of
     Tensor, a transform, a tracer. Where there is none the backend is called directly, which saves some microseconds.
     """
-    if is_compiling() or _watched(arguments):
+    if not _shortcuts or is_compiling() or _watched(arguments):
         return getattr(getattr(torch.ops, NAMESPACE), operation).default(*arguments)
     return _implementation(operation, arguments[-1])(*arguments[:-1])
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply``, without the microseconds that it spends on functorch where there is none of it."""
-    if is_compiling() or _transforms() or _is_wrapped(arguments[0]):
+    if not _shortcuts or is_compiling() or _transforms() or _is_wrapped(arguments[0]):
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 

@@ -231,3 +231,16 @@ def test_what_is_not_plain_goes_through_the_dispatcher() -> None:
     with torch._subclasses.FakeTensorMode() as mode:
         fake = mode.from_tensor(plain)
     assert ops._watched((fake, "torch"))
+
+
+def test_without_the_shortcuts_all_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step() -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        queries, documents = (torch.randn(2, n, 8, generator=generator).requires_grad_() for n in (3, 4))
+        scores = jmlr_kernels.maxsim(queries, documents)
+        return scores, *torch.autograd.grad(scores.sum(), (queries, documents))
+
+    expected = step()
+    monkeypatch.setattr(ops, "_shortcuts", False)
+    monkeypatch.setattr(ops, "_modes", None)  # not to be called
+    assert all(torch.equal(one, other) for one, other in zip(step(), expected, strict=True))
