@@ -184,8 +184,8 @@ for _operation in _TABLE:
     _register(_operation)
 
 
-# Bound once: looking them up would cost as much as calling them. They are torch's own business: a release without one of
-# them gets the ordinary ways, some microseconds slower.
+# Bound once: looking them up would cost as much as calling them. They are torch's own business: a release without one
+# of them gets the ordinary ways, some microseconds slower.
 try:
     _modes = torch._C._len_torch_dispatch_stack
     _transforms = torch._C._are_functorch_transforms_active
