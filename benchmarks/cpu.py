@@ -113,7 +113,7 @@ def main() -> int:
         os.environ[variable] = str(arguments.threads)
     peaks = [peak_gflops(arguments.threads)]
     instructions = torch.ops.jmlr_native.cpu_instructions() if native.has("maxsim_backward", "cpu") else None
-    print(f"threads: {arguments.threads}; instructions: {instructions or native.library().problem}; peak: {peaks[0]}")
+    print(f"threads: {arguments.threads}; instructions: {instructions or native.loaded().problem}; peak: {peaks[0]}")
     results = []
     for case in CPU_CASES:
         for dtype in (torch.float32, torch.bfloat16):

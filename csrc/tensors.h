@@ -63,6 +63,29 @@ inline const char* name_of(ScalarType type) {
     }
 }
 
+// The family's own name of the elements' type (problem.h).
+template <class Type>
+Type type_of(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return Type::float32;
+        case ScalarType::Half:
+            return Type::float16;
+        case ScalarType::BFloat16:
+            return Type::bfloat16;
+        default:
+            throw std::runtime_error(std::string("the compiled kernels take float16, bfloat16 and float32, not ") +
+                                     name_of(tensor.scalar_type()) + "; use backend='torch'");
+    }
+}
+
+// The kernels read rows of unit stride where they lie; others are copied. Gradients come as autograd makes them: that
+// of a sum is one number with stride 0.
+inline Tensor with_unit_stride(const Tensor& tensor) {
+    const int64_t last = tensor.dim() - 1;
+    return tensor.size(last) > 1 && tensor.stride(last) != 1 ? torch::stable::contiguous(tensor) : tensor;
+}
+
 // "[2, 3, 4]"
 inline std::string shape_of(const Tensor& tensor) {
     std::ostringstream text;

@@ -40,7 +40,7 @@ class Library:
 
 
 @cache
-def library() -> Library:
+def loaded() -> Library:
     """Load the library, the first time."""
     if os.environ.get("JMLR_NATIVE") == "0":
         return Library("JMLR_NATIVE=0 is set", chosen=True)
@@ -71,7 +71,7 @@ def _record(path: Path) -> dict[str, Any]:
 @cache
 def has(operation: str, device_type: str) -> bool:
     """Whether the library has the operation for "cpu" or "cuda" tensors."""
-    if library().problem:
+    if loaded().problem:
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operation}", device_type.upper())
 
@@ -83,13 +83,13 @@ def function(operation: str) -> Callable[..., Any]:
 
 def register_fake(operation: str, fake: Callable[..., Any]) -> None:
     """Shapes and dtypes of the operation's results, for meta tensors and torch.compile."""
-    if library().problem is None:
+    if loaded().problem is None:
         torch.library.register_fake(f"{NAMESPACE}::{operation}", fake)
 
 
 def why_not(operations: tuple[str, ...], backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` ("cpu" or "cuda") cannot run these operations on such tensors, or None when it can."""
-    found = library()
+    found = loaded()
     if found.problem:
         return f"the native library is not there: {found.problem}"
     if backend == "cuda" and found.cuda_problem:

@@ -313,7 +313,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, operation: str) -> str:
         reason = _why_not("cpu", device, dtype, operation)
         if reason is None:
             return "cpu"
-        missed = native.library()
+        missed = native.loaded()
         if "cpu" in _ROWS[operation].backends and missed.problem and not missed.chosen:
             _warn_once(f"jmlr_kernels falls back to plain torch on the CPU: {reason}")
         return "torch"

@@ -36,7 +36,7 @@ _REPORT = """
 import json, platform, sys
 import torch, jmlr_kernels
 from jmlr_kernels import native
-library = native.library()
+library = native.loaded()
 print(json.dumps({
     "package": jmlr_kernels.__file__, "problem": library.problem, "cuda_targets": library.cuda_targets,
     "python": platform.python_version(), "torch": torch.__version__, "backends": jmlr_kernels.backend_info(),

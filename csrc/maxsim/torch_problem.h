@@ -12,30 +12,10 @@ namespace jmlr::maxsim {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
 
-inline Type type_of(const Tensor& queries) {
-    switch (queries.scalar_type()) {
-        case ScalarType::Float:
-            return Type::float32;
-        case ScalarType::Half:
-            return Type::float16;
-        case ScalarType::BFloat16:
-            return Type::bfloat16;
-        default:
-            throw std::runtime_error(std::string("the compiled kernels take float16, bfloat16 and float32, not ") +
-                                     name_of(queries.scalar_type()) + "; use backend='torch'");
-    }
-}
-
 inline ScalarType dtype_of(WinnerType type) {
     return type == WinnerType::uint8    ? ScalarType::Byte
            : type == WinnerType::uint16 ? ScalarType::UInt16
                                         : ScalarType::Int;
-}
-
-// The kernels read embeddings of unit stride where they lie; others are copied.
-inline Tensor with_unit_stride(const Tensor& tensor) {
-    const int64_t last = tensor.dim() - 1;
-    return tensor.size(last) > 1 && tensor.stride(last) != 1 ? torch::stable::contiguous(tensor) : tensor;
 }
 
 inline Tensor contiguous_as(const Tensor& tensor, ScalarType type) {
@@ -58,7 +38,7 @@ inline Checked check_problem(const Tensor& queries, const Tensor& documents, con
     Checked checked{{}, with_unit_stride(queries), with_unit_stride(documents), query_mask, document_mask, {}, {}};
     Problem& p = checked.problem;
     const Tensor &q = checked.queries, &d = checked.documents;
-    p.type = type_of(queries);
+    p.type = type_of<Type>(queries);
     p.query_count = q.size(0);
     p.query_length = q.size(1);
     p.dimension = q.size(2);

@@ -8,31 +8,10 @@
 namespace jmlr::shifted_attention {
 namespace {
 
-Type type_of(const Tensor& q) {
-    switch (q.scalar_type()) {
-        case ScalarType::Float:
-            return Type::float32;
-        case ScalarType::Half:
-            return Type::float16;
-        case ScalarType::BFloat16:
-            return Type::bfloat16;
-        default:
-            throw std::runtime_error(std::string("the compiled kernels take float16, bfloat16 and float32, not ") +
-                                     name_of(q.scalar_type()) + "; use backend='torch'");
-    }
-}
-
 std::vector<int64_t> shape_like(const Tensor& tensor) {
     std::vector<int64_t> shape;
     for (int64_t i = 0; i < tensor.dim(); ++i) shape.push_back(tensor.size(i));
     return shape;
-}
-
-// The kernels read rows of unit stride where they lie; others are copied. Gradients come as autograd makes them: that
-// of a sum is one number with stride 0.
-Tensor with_unit_stride(const Tensor& tensor) {
-    const int64_t last = tensor.dim() - 1;
-    return tensor.size(last) > 1 && tensor.stride(last) != 1 ? torch::stable::contiguous(tensor) : tensor;
 }
 
 Input input_of(const Tensor& tensor) {
@@ -80,7 +59,7 @@ Checked check_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t
 
     Checked checked{{}, with_unit_stride(q), with_unit_stride(k), with_unit_stride(v), {}, {}};
     Problem& problem = checked.problem;
-    problem.type = type_of(q);
+    problem.type = type_of<Type>(q);
     problem.batches = packed ? 1 : q.size(0);
     problem.rows = q.size(packed ? 0 : 1);
     problem.heads = heads;

@@ -10,9 +10,12 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from host_module import HERE, NAME, ROOT, build
 
@@ -93,3 +96,34 @@ class Workshop:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
+
+
+def first_failure(probes: dict[str, Callable[..., Any]], dtype: Any, violation: type[Exception]) -> str | None:
+    """The first probe that fails on kernels of `dtype`, and how; None if all pass."""
+    for name, probe in probes.items():
+        try:
+            probe(dtype=dtype)
+        except (AssertionError, violation) as error:
+            return f"{name}: {type(error).__name__}: {(str(error) or 'another result').splitlines()[0]}"
+    return None
+
+
+def try_all(
+    sources: list[str],
+    extra: dict[str, str],
+    mutations: list[Mutation],
+    noticed_by: Callable[[ModuleType], str | None],
+    names: list[str],
+) -> int:
+    """Prints who noticed each mutation (with `names`, those whose name holds one); 1 if one survived, else 0."""
+    survivors = []
+    with tempfile.TemporaryDirectory() as directory:
+        workshop = Workshop(Path(directory) / "workshop", sources, extra)
+        print(f"without a bug: {noticed_by(workshop.module()) or 'nothing noticed'}", flush=True)
+        chosen = [mutation for mutation in mutations if not names or any(name in mutation.name for name in names)]
+        for mutation in chosen:
+            found = noticed_by(workshop.module(mutation))
+            print(f"{mutation.name}: {found or 'SURVIVED'}", flush=True)
+            survivors += [] if found else [mutation.name]
+    print(f"{len(chosen)} bugs, {len(survivors)} survived")
+    return 1 if survivors else 0

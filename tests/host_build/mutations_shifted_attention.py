@@ -7,13 +7,12 @@ argument) and prints which probe, or which check of the emulator, noticed; exit 
 from __future__ import annotations
 
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from mutate import Workshop, read_mutations
+from mutate import first_failure, read_mutations, try_all
 
 DTYPE = torch.float16
 SOURCES = ["emulator.cpp", "attention_half.cpp", "attention_module.cpp"]
@@ -51,32 +50,12 @@ def noticed_by(module: ModuleType) -> str | None:
     todo |= {f"{dim} columns": partial(attention_probes.widths, dim=dim) for dim in (33, 256)}
     attention_calls.kernels = module
     try:
-        for name, probe in {**todo, **attention_probes.PROBES}.items():
-            try:
-                probe(dtype=DTYPE)
-            except (AssertionError, module.Violation) as error:
-                return f"{name}: {type(error).__name__}: {(str(error) or 'another result').splitlines()[0]}"
+        return first_failure({**todo, **attention_probes.PROBES}, DTYPE, module.Violation)
     finally:
         attention_calls.kernels = None
-    return None
-
-
-def main(names: list[str]) -> int:
-    survivors = []
-    with tempfile.TemporaryDirectory() as directory:
-        workshop = Workshop(Path(directory) / "workshop", SOURCES, EXTRA)
-        found = noticed_by(workshop.module())
-        print(f"without a bug: {found or 'nothing noticed'}", flush=True)
-        chosen = [mutation for mutation in MUTATIONS if not names or any(name in mutation.name for name in names)]
-        for mutation in chosen:
-            found = noticed_by(workshop.module(mutation))
-            print(f"{mutation.name}: {found or 'SURVIVED'}", flush=True)
-            survivors += [] if found else [mutation.name]
-    print(f"{len(chosen)} bugs, {len(survivors)} survived")
-    return 1 if survivors else 0
 
 
 if __name__ == "__main__":
     tests = Path(__file__).parents[1]
     sys.path[:0] = [str(tests), str(tests.parent)]
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(try_all(SOURCES, EXTRA, MUTATIONS, noticed_by, sys.argv[1:]))

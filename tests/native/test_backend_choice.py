@@ -32,13 +32,13 @@ def fresh_choices() -> Iterator[None]:
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library with every kernel, and a GPU that can run it."""
     found = native.Library(cuda_version="13.0", cuda_targets=("80", "90a", "80+PTX"))
-    monkeypatch.setattr(native, "library", lambda: found)
+    monkeypatch.setattr(native, "loaded", lambda: found)
     monkeypatch.setattr(native, "has", lambda operation, device: True)
     monkeypatch.setattr(native, "_gpu_problem", lambda found, device: None)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, found: native.Library) -> None:
-    monkeypatch.setattr(native, "library", lambda: found)
+    monkeypatch.setattr(native, "loaded", lambda: found)
     monkeypatch.setattr(native, "has", lambda operation, device: found.problem is None)
 
 
@@ -173,7 +173,7 @@ def test_driver_and_chip_are_looked_at(
 
 
 def load() -> native.Library:
-    return native.library.__wrapped__()  # as at the first call
+    return native.loaded.__wrapped__()  # as at the first call
 
 
 def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 @pytest.fixture(autouse=True)
 def library() -> native.Library:
-    found = native.library()
+    found = native.loaded()
     if found.problem:
         if found.chosen or shutil.which("g++") is None:
             pytest.skip(found.problem)

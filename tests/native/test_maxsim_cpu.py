@@ -26,7 +26,7 @@ hypothesis = pytest.importorskip("hypothesis")
 strategies = hypothesis.strategies
 
 pytestmark = pytest.mark.skipif(
-    not native.has("maxsim_backward", "cpu"), reason=f"no native library: {native.library().problem}"
+    not native.has("maxsim_backward", "cpu"), reason=f"no native library: {native.loaded().problem}"
 )
 
 ROOT = Path(__file__).parents[2]
