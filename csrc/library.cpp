@@ -26,6 +26,22 @@ STABLE_TORCH_LIBRARY(jmlr_native, library) {
         " Tensor? query_mask, Tensor? document_mask, Tensor? query_weights, Tensor? cu_seqlens,"
         " Tensor? query_scales, Tensor? document_scales, str rule, bool candidates, int max_length)"
         " -> (Tensor, Tensor, Tensor)");
+    library.def("maxsim_loss_rows(Tensor scores, Tensor? target, Tensor temperatures, str rule) -> Tensor");
+    library.def(
+        "maxsim_quantized_forward(Tensor queries, Tensor values, Tensor scales, Tensor? query_mask,"
+        " Tensor? document_mask, Tensor? query_weights, Tensor? cu_seqlens, bool candidates) -> Tensor");
+    library.def(
+        "maxsim_residual_forward(Tensor queries, Tensor codes, Tensor residuals, Tensor centroids,"
+        " Tensor field_weights, Tensor? query_mask, Tensor? document_mask, Tensor? query_weights,"
+        " Tensor? cu_seqlens, bool normalize, bool candidates) -> Tensor");
+    library.def(
+        "maxsim_smooth_forward(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask,"
+        " Tensor? query_weights, Tensor? cu_seqlens, bool candidates, float temperature, bool need_maxima)"
+        " -> (Tensor, Tensor)");
+    library.def(
+        "maxsim_smooth_backward(Tensor grad_scores, Tensor queries, Tensor documents, Tensor maxima,"
+        " Tensor? document_mask, Tensor? query_weights, Tensor? cu_seqlens, bool candidates, float temperature)"
+        " -> (Tensor, Tensor, Tensor)");
 }
 
 namespace {

@@ -97,7 +97,12 @@ _TABLE = (
         "(Tensor scores, Tensor? target, Tensor temperatures, str rule, str backend) -> Tensor",
         fake=f"{_MAXSIM}.losses:fake_loss_rows",
         flops=f"{_MAXSIM}.flops:no_flops",
-        backends={"triton": f"{_MAXSIM}.triton_losses:loss_rows", "torch": f"{_MAXSIM}.torch_losses:loss_rows"},
+        backends={
+            "cuda": _NATIVE,
+            "triton": f"{_MAXSIM}.triton_losses:loss_rows",
+            "cpu": _NATIVE,
+            "torch": f"{_MAXSIM}.torch_losses:loss_rows",
+        },
     ),
     _Operation(
         "maxsim_quantized_forward",
@@ -106,7 +111,9 @@ _TABLE = (
         fake=f"{_MAXSIM}.compressed:fake_quantized",
         flops=f"{_MAXSIM}.compressed:quantized_flops",
         backends={
+            "cuda": _NATIVE,
             "triton": f"{_MAXSIM}.triton_compressed:quantized_forward",
+            "cpu": _NATIVE,
             "torch": f"{_MAXSIM}.torch_compressed:quantized_forward",
         },
     ),
@@ -118,7 +125,9 @@ _TABLE = (
         fake=f"{_MAXSIM}.compressed:fake_residual",
         flops=f"{_MAXSIM}.compressed:residual_flops",
         backends={
+            "cuda": _NATIVE,
             "triton": f"{_MAXSIM}.triton_compressed:residual_forward",
+            "cpu": _NATIVE,
             "torch": f"{_MAXSIM}.torch_compressed:residual_forward",
         },
     ),
@@ -128,7 +137,12 @@ _TABLE = (
         " Tensor? cu_seqlens, bool candidates, float temperature, bool need_maxima, str backend) -> (Tensor, Tensor)",
         fake=f"{_MAXSIM}.smooth:fake_forward",
         flops=f"{_MAXSIM}.flops_smooth:forward_flops",
-        backends={"triton": f"{_MAXSIM}.triton_smooth_forward:forward", "torch": f"{_MAXSIM}.torch_smooth:forward"},
+        backends={
+            "cuda": _NATIVE,
+            "triton": f"{_MAXSIM}.triton_smooth_forward:forward",
+            "cpu": _NATIVE,
+            "torch": f"{_MAXSIM}.torch_smooth:forward",
+        },
     ),
     _Operation(
         "maxsim_smooth_backward",
@@ -137,7 +151,12 @@ _TABLE = (
         " -> (Tensor, Tensor, Tensor)",
         fake=f"{_MAXSIM}.smooth:fake_backward",
         flops=f"{_MAXSIM}.flops_smooth:backward_flops",
-        backends={"triton": f"{_MAXSIM}.triton_smooth_backward:backward", "torch": f"{_MAXSIM}.torch_smooth:backward"},
+        backends={
+            "cuda": _NATIVE,
+            "triton": f"{_MAXSIM}.triton_smooth_backward:backward",
+            "cpu": _NATIVE,
+            "torch": f"{_MAXSIM}.torch_smooth:backward",
+        },
     ),
 )
 
@@ -293,8 +312,8 @@ def resolve_backend(requested: str, tensor: torch.Tensor, operation: str) -> str
 
 
 def companion_backend(backend: str, tensor: torch.Tensor, operation: str) -> str:
-    """The backend of an operation that goes with another one, which runs on `backend`: the same where it has it."""
-    return backend if backend in _ROWS[operation].backends else resolve_backend("auto", tensor, operation)
+    """The backend of an operation that goes with another one, which runs on `backend`: the same where it can."""
+    return _companion(backend, tensor.device, tensor.dtype, operation)
 
 
 @torch.compiler.assume_constant_result  # what is installed does not change between two calls
@@ -305,6 +324,18 @@ def _resolve(requested: str, device: torch.device, dtype: torch.dtype, operation
     if reason is not None:
         raise RuntimeError(f"backend={requested!r} cannot run: {reason}")
     return requested
+
+
+@torch.compiler.assume_constant_result
+def _companion(backend: str, device: torch.device, dtype: torch.dtype, operation: str) -> str:
+    return _same_or_fastest(backend, device, dtype, operation)
+
+
+@cache
+def _same_or_fastest(backend: str, device: torch.device, dtype: torch.dtype, operation: str) -> str:
+    if backend in _ROWS[operation].backends and _why_not(backend, device, dtype, operation) is None:
+        return backend
+    return _fastest(device, dtype, operation)
 
 
 @cache

@@ -19,13 +19,16 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 FAMILIES = ("shifted_attention_forward", "maxsim_forward")
 
 
+def clear() -> None:
+    for cached in (ops._fastest, ops._same_or_fastest, ops._warn_once):
+        cached.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def fresh_choices() -> Iterator[None]:
-    ops._fastest.cache_clear()
-    ops._warn_once.cache_clear()
+    clear()
     yield
-    ops._fastest.cache_clear()
-    ops._warn_once.cache_clear()
+    clear()
 
 
 @pytest.fixture
@@ -52,18 +55,24 @@ def test_native_kernels_come_first(everything: None, dtype: torch.dtype) -> None
     assert [choose(CPU, family, dtype) for family in FAMILIES] == ["torch", "cpu"]
 
 
-def test_operations_without_native_kernels_run_as_before(everything: None) -> None:
-    others = [name for name in ops._ROWS if name not in FAMILIES and not name.endswith("_backward")]
-    assert len(others) == 4
+def test_every_operation_has_native_kernels(everything: None) -> None:
+    others = [name for name in ops._ROWS if name not in FAMILIES]
+    assert {choose(GPU, name) for name in others} == {"cuda"}
+    assert {choose(CPU, name) for name in others if name.startswith("maxsim")} == {"cpu"}
+    with pytest.raises(RuntimeError, match="shifted_attention has no native cpu kernel; use backend='cuda'"):
+        choose(CPU, "shifted_attention_forward", backend="cpu")
+
+
+def test_a_library_without_an_operation_leaves_it_to_the_next(
+    monkeypatch: pytest.MonkeyPatch, everything: None
+) -> None:
+    monkeypatch.setattr(native, "has", lambda operation, device: "smooth" not in operation)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert {choose(GPU, name) for name in others} == {"triton"}
-        assert {choose(CPU, name) for name in others} == {"torch"}
-    for name in others:
-        with pytest.raises(
-            RuntimeError, match=f"{name.removesuffix('_forward')} has no native cuda kernel; use backen"
-        ):
-            choose(GPU, name, backend="cuda")
+        assert choose(GPU, "maxsim_smooth_forward") == "triton" and choose(GPU, "maxsim_forward") == "cuda"
+        assert choose(CPU, "maxsim_smooth_forward") == "torch" and choose(CPU, "maxsim_forward") == "cpu"
+    with pytest.raises(RuntimeError, match="the native library has no cuda kernel of maxsim_smooth_forward"):
+        choose(GPU, "maxsim_smooth_forward", backend="cuda")
 
 
 def test_float64_takes_torch(everything: None) -> None:
@@ -95,11 +104,12 @@ def test_a_backward_that_is_missing_keeps_its_forward_back(monkeypatch: pytest.M
         choose(CPU, "maxsim_forward", backend="cpu")
 
 
-def test_loss_rows_go_with_native_scores(everything: None) -> None:
+def test_loss_rows_go_with_their_scores(everything: None, monkeypatch: pytest.MonkeyPatch) -> None:
     row = torch.zeros(1)
+    assert [ops.companion_backend(name, row, "maxsim_loss_rows") for name in ("cpu", "torch")] == ["cpu", "torch"]
+    monkeypatch.setattr(native, "has", lambda operation, device: operation != "maxsim_loss_rows")
+    ops._same_or_fastest.cache_clear()
     assert ops.companion_backend("cpu", row, "maxsim_loss_rows") == "torch"
-    assert ops.companion_backend("triton", row, "maxsim_loss_rows") == "triton"
-    assert choose(GPU, "maxsim_loss_rows") == "triton"  # what the scores of backend "cuda" take
 
 
 def test_no_library_warns_once_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
