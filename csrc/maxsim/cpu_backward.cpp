@@ -50,7 +50,7 @@ public:
     }
 
     void run() {
-        clear_tokens_of_no_document();
+        clear_tokens_of_no_document(p, out.grad_documents);
         // A few query tokens a task where there are few queries.
         const int64_t rows = p.query_count * p.query_length, wanted = 8 * threads.count;
         const int64_t row_step = std::clamp<int64_t>(rows / wanted, 1, p.query_length);
@@ -92,14 +92,6 @@ private:
             if (document.keeps(t)) return true;
         }
         return false;
-    }
-
-    void clear_tokens_of_no_document() const {
-        if (!p.packed()) return;
-        const auto gradients = static_cast<char*>(out.grad_documents);
-        const int64_t first = p.cu_seqlens[0], last = p.cu_seqlens[p.document_count()], row = p.dimension * bytes;
-        std::memset(gradients, 0, first * row);
-        std::memset(gradients + last * row, 0, (p.packed_tokens - last) * row);
     }
 
     // ------------------------------------------------------------ the winners
@@ -160,14 +152,6 @@ private:
         return up / temperature * (probability - target);
     }
 
-    const char* query_row(int64_t i, int64_t r) const {
-        return static_cast<const char*>(p.queries) + (i * p.query_stride + r * p.query_token_stride) * bytes;
-    }
-
-    float weight(int64_t i, int64_t r) const {
-        return p.query_weights ? p.query_weights[i * p.query_weights_stride + r * p.query_weights_token_stride] : 1.0f;
-    }
-
     // -------------------------------------------------------------- documents
 
     void document_gradient(int64_t n, Worker& worker) {
@@ -203,8 +187,8 @@ private:
                 if (position < 0) continue;
                 worker.token[entries] = static_cast<int32_t>(position);
                 const float scale = in.query_scales ? in.query_scales[i * p.query_length + r] : 1.0f;
-                worker.factor[entries] = gradient * weight(i, r) * scale;
-                worker.row[entries] = query_row(i, r);
+                worker.factor[entries] = gradient * query_weight(p, i, r) * scale;
+                worker.row[entries] = query_row(p, i, r);
                 ++entries;
             }
         }
@@ -255,12 +239,12 @@ private:
         if (out.grad_weights) {
             // <q, sum of gradient * winning token>: what is zero stays zero, whatever the embedding and the weight
             // hold.
-            set.widen(p.type, query_row(i, r), p.dimension, unit);
+            set.widen(p.type, query_row(p, i, r), p.dimension, unit);
             out.grad_weights[index] = dot_where_not_zero(sum, unit, scale);
-            const float factor = weight(i, r);
+            const float factor = query_weight(p, i, r);
             for (int64_t d = 0; d < p.dimension; ++d) sum[d] = sum[d] == 0 ? 0.0f : sum[d] * factor;
         }
-        if (in.query_scales) project(query_row(i, r), scale, sum, unit);
+        if (in.query_scales) project(query_row(p, i, r), scale, sum, unit);
         set.narrow(p.type, sum, p.dimension, static_cast<char*>(out.grad_queries) + index * p.dimension * bytes);
     }
 
@@ -301,15 +285,7 @@ private:
 void backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
               const Threads& threads) {
     check_offsets(problem);
-    if (problem.dimension == 0 || problem.query_count * problem.query_length == 0 || problem.documents_per_query == 0) {
-        const int64_t bytes = element_bytes(problem.type), rows = problem.query_count * problem.query_length;
-        const int64_t tokens =
-            problem.packed() ? problem.packed_tokens : problem.document_count() * problem.document_length;
-        std::memset(output.grad_queries, 0, rows * problem.dimension * bytes);
-        std::memset(output.grad_documents, 0, tokens * problem.dimension * bytes);
-        if (output.grad_weights) std::fill_n(output.grad_weights, rows, 0.0f);
-        return;
-    }
+    if (write_empty_gradients(problem, output)) return;
     Backward(problem, input, output, threads).run();
 }
 

@@ -2,9 +2,11 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -18,6 +20,15 @@ namespace jmlr::maxsim::cpu {
 constexpr float norm_floor = 1e-12f;
 
 inline int64_t element_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
+
+inline const char* query_row(const Problem& p, int64_t i, int64_t r) {
+    return static_cast<const char*>(p.queries) +
+           (i * p.query_stride + r * p.query_token_stride) * element_bytes(p.type);
+}
+
+inline float query_weight(const Problem& p, int64_t i, int64_t r) {
+    return p.query_weights ? p.query_weights[i * p.query_weights_stride + r * p.query_weights_token_stride] : 1.0f;
+}
 
 // Document j of query i; all strides in bytes.
 struct Document {
@@ -77,6 +88,26 @@ inline void check_offsets(const Problem& p) {
     bool fits = p.cu_seqlens[0] >= 0 && p.cu_seqlens[count] <= p.packed_tokens;
     for (int64_t n = 0; n < count; ++n) fits = fits && p.cu_seqlens[n] <= p.cu_seqlens[n + 1];
     if (!fits) throw std::runtime_error("cu_seqlens must rise within 0 and the documents' number of tokens");
+}
+
+// Gradients of packed tokens before the first document and behind the last.
+inline void clear_tokens_of_no_document(const Problem& p, void* gradients) {
+    if (!p.packed()) return;
+    const int64_t first = p.cu_seqlens[0], last = p.cu_seqlens[p.document_count()];
+    const int64_t row = p.dimension * element_bytes(p.type);
+    std::memset(gradients, 0, first * row);
+    std::memset(static_cast<char*>(gradients) + last * row, 0, (p.packed_tokens - last) * row);
+}
+
+// Nothing meets anything: all gradients are zeros.
+inline bool write_empty_gradients(const Problem& p, const BackwardOutput& output) {
+    if (p.dimension != 0 && p.query_count * p.query_length != 0 && p.documents_per_query != 0) return false;
+    const int64_t row = p.dimension * element_bytes(p.type), query_tokens = p.query_count * p.query_length;
+    const int64_t tokens = p.packed() ? p.packed_tokens : p.document_count() * p.document_length;
+    std::memset(output.grad_queries, 0, query_tokens * row);
+    std::memset(output.grad_documents, 0, tokens * row);
+    if (output.grad_weights) std::fill_n(output.grad_weights, query_tokens, 0.0f);
+    return true;
 }
 
 // Tasks in any order on as many threads as are worth it; each thread asks for the next task when it is done, so that
