@@ -8,7 +8,7 @@
 #include <functional>
 
 #include "loss_rows.h"
-#include "problem.h"
+#include "smooth_problem.h"
 
 namespace jmlr::maxsim::cpu {
 
@@ -18,9 +18,12 @@ struct Threads {
     std::function<void(int64_t count, const std::function<void(int64_t)>& function)> run;
 };
 
-// Both throw std::runtime_error, with one sentence, for input whose values do not fit, and std::bad_alloc.
+// These throw std::runtime_error, with one sentence, for input whose values do not fit, and std::bad_alloc.
 void forward(const Problem& problem, const ForwardOutput& output, const Threads& threads);
 void backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output, const Threads& threads);
+void smooth_forward(const Problem& problem, const SmoothForwardOutput& output, const Threads& threads);
+void smooth_backward(const Problem& problem, const SmoothBackwardInput& input, const SmoothBackwardOutput& output,
+                     const Threads& threads);
 
 // Throws nothing: all sizes are good.
 void loss_rows(const LossRows& rows, const Threads& threads);

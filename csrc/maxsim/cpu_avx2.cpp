@@ -1,6 +1,6 @@
 // The inner loops with AVX2, FMA and F16C: compiled with -mavx2 -mfma -mf16c, run where the processor has all three.
 
-#include "cpu_kernels.h"
+#include "cpu_smooth_kernels.h"
 
 #include <immintrin.h>
 
@@ -30,9 +30,14 @@ struct Avx2 {
     static JMLR_INLINE Floats broadcast_half_unit(const char*) { return zero(); }  // units are floats here
 
     static JMLR_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+    static JMLR_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
     static JMLR_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
     static JMLR_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
     static JMLR_INLINE Floats maximum_or_second(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+    static JMLR_INLINE Floats minimum_or_second(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+    static JMLR_INLINE Floats low_bits_as_exponent(Floats a) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
+    }
     static JMLR_INLINE Mask unordered(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
     static JMLR_INLINE Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
     static JMLR_INLINE Floats nan_where(Mask mask, Floats value) { return _mm256_or_ps(mask, value); }
@@ -73,7 +78,7 @@ struct Avx2 {
 const Instructions& avx2_instructions() {
     static const Instructions set = {"avx2",      Avx2::lanes,        maxima<Avx2, FloatProduct<Avx2>>,
                                      nullptr,     weighted_sum<Avx2>, dot<Avx2>,
-                                     widen<Avx2>, narrow<Avx2>};
+                                     widen<Avx2>, narrow<Avx2>,       smooth_instructions<Avx2>()};
     return set;
 }
 

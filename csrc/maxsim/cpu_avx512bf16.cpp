@@ -24,7 +24,8 @@ const Instructions& avx512bf16_instructions() {
                                      weighted_sum<Avx512>,
                                      dot<Avx512>,
                                      widen<Avx512>,
-                                     narrow<Avx512>};
+                                     narrow<Avx512>,
+                                     smooth_instructions<Avx512>(similarities<Avx512, PairProduct>)};
     return set;
 }
 

@@ -30,6 +30,11 @@ inline float query_weight(const Problem& p, int64_t i, int64_t r) {
     return p.query_weights ? p.query_weights[i * p.query_weights_stride + r * p.query_weights_token_stride] : 1.0f;
 }
 
+// exp(x / temperature) = 2**(x * exponent_scale).
+inline float exponent_scale_of(float temperature) {
+    return static_cast<float>(1.4426950408889634 / static_cast<double>(temperature));
+}
+
 // Document j of query i; all strides in bytes.
 struct Document {
     const char* tokens = nullptr;

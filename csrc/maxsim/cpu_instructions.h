@@ -34,6 +34,41 @@ struct PanelTask {
     int32_t first_position = 0;         // of the first token
 };
 
+// What smooth MaxSim adds (cpu_smooth_kernels.h). A block of similarities is [tokens][widest_panel * lanes]: a token's
+// numbers for the rows of one panel, which may be fewer, side by side.
+struct SharesTask {
+    float* block = nullptr;  // similarities, replaced by shares times factors
+    int64_t tokens = 0;
+    int vectors = 0;                 // of the panel
+    float exponent_scale = 0;        // log2(e) / temperature
+    const float* maxima = nullptr;   // of each row, aligned; -inf: no share
+    const float* factors = nullptr;  // of each row, aligned
+};
+
+// sums[m][n] += sum over k < depth of left(m, k) * right[k][n].
+struct ProductTask {
+    const float* left = nullptr;   // a block: (m, k) at m * row + k, or transposed at k * row + m,
+    bool transposed = false;       // where row is widest_panel * lanes
+    const float* right = nullptr;  // slices of widest_panel * lanes columns: k's elements of slice s are at
+    int64_t slice = 0;             // s * slice + k * widest_panel * lanes
+    float* sums = nullptr;         // [rows][columns]
+    int64_t rows = 0;
+    int64_t depth = 0;
+    int64_t columns = 0;  // a multiple of lanes
+};
+
+struct SmoothInstructions {
+    // Similarities of a panel and document rows; of bfloat16 by pairs as above. `block` has room for task.tokens.
+    void (*similarities)(const PanelTask& task, float* block);
+    void (*similarities_of_pairs)(const PanelTask& task, float* block);
+    // Online: afterwards best holds the rows' maxima so far (of NaN: of the others) and total the sum of
+    // exp2((similarity - best) * exponent_scale), or of exp2(similarity * exponent_scale) where best is infinite.
+    void (*add_exponentials)(const float* block, int64_t tokens, int vectors, float exponent_scale, float* best,
+                             float* total);
+    void (*shares)(const SharesTask& task);
+    void (*add_product)(const ProductTask& task);
+};
+
 struct Instructions {
     const char* name;
     int lanes;  // floats in a vector
@@ -47,6 +82,7 @@ struct Instructions {
     float (*dot)(const float* a, const float* b, int64_t dimension);
     void (*widen)(Type type, const void* from, int64_t dimension, float* to);
     void (*narrow)(Type type, const float* from, int64_t dimension, void* to);  // to the nearest, ties to even
+    SmoothInstructions smooth;
 };
 
 const Instructions& portable_instructions();

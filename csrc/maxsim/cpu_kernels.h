@@ -27,12 +27,12 @@ struct FloatProduct {
     }
 };
 
-// One tile: `tokens` document rows against `vectors` vectors of query rows, every sum in a register, one chain of
-// fused additions each, so that a similarity does not depend on where in a tile it is computed.
+// The similarities of one tile: `tokens` document rows against `vectors` vectors of query rows, every sum in a
+// register, one chain of fused additions each, so that a similarity does not depend on where in a tile it is computed.
 //
-// Past the last token the last one is repeated: it cannot win against itself, and no remainder needs code of its own.
-template <class V, class Product, int vectors, int tokens, bool with_winners>
-JMLR_INLINE void tile(const PanelTask& task, int64_t first) {
+// Past the last token the last one is repeated, so that no remainder needs code of its own.
+template <class V, class Product, int vectors, int tokens>
+JMLR_INLINE void multiply_tile(const PanelTask& task, int64_t first, typename V::Floats (&sum)[tokens][vectors]) {
     using Floats = typename V::Floats;
     const char* row[tokens];
     float scale[tokens];
@@ -41,7 +41,6 @@ JMLR_INLINE void tile(const PanelTask& task, int64_t first) {
         row[t] = task.rows ? task.rows[k] : task.first_row + k * task.row_bytes;
         scale[t] = task.scales ? task.scales[k] : 1.0f;
     }
-    Floats sum[tokens][vectors];
 #pragma GCC unroll 16
     for (int t = 0; t < tokens; ++t) {
 #pragma GCC unroll 4
@@ -90,6 +89,14 @@ JMLR_INLINE void tile(const PanelTask& task, int64_t first) {
             for (int v = 0; v < vectors; ++v) sum[t][v] = V::multiply(sum[t][v], V::broadcast_float(scale[t]));
         }
     }
+}
+
+// The maxima of one tile; a repeated token cannot win against itself.
+template <class V, class Product, int vectors, int tokens, bool with_winners>
+JMLR_INLINE void tile(const PanelTask& task, int64_t first) {
+    using Floats = typename V::Floats;
+    Floats sum[tokens][vectors];
+    multiply_tile<V, Product, vectors, tokens>(task, first, sum);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
         const Floats before = V::load(task.best + v * V::lanes);
@@ -127,17 +134,30 @@ JMLR_INLINE void tile(const PanelTask& task, int64_t first) {
     }
 }
 
-template <class V, class Product, int vectors, bool with_winners>
-void all_tiles(const PanelTask& task) {
+template <int rows>
+struct Rows {
+    static constexpr int count = rows;
+};
+
+// `tile(Rows, first)` for tiles of three sizes over `count` rows; the last one may reach behind them.
+template <class V, int vectors, class Tile>
+JMLR_INLINE void cover(int64_t count, const Tile& tile) {
     constexpr int large = V::tile_tokens(vectors), middle = large * 2 / 3, small = large / 3;
     static_assert(large % 2 == 0 && small >= 1);
     int64_t first = 0;
-    for (; task.tokens - first > middle; first += large) tile<V, Product, vectors, large, with_winners>(task, first);
-    if (task.tokens - first > small) {
-        tile<V, Product, vectors, middle, with_winners>(task, first);
-    } else if (task.tokens > first) {
-        tile<V, Product, vectors, small, with_winners>(task, first);
+    for (; count - first > middle; first += large) tile(Rows<large>{}, first);
+    if (count - first > small) {
+        tile(Rows<middle>{}, first);
+    } else if (count > first) {
+        tile(Rows<small>{}, first);
     }
+}
+
+template <class V, class Product, int vectors, bool with_winners>
+void all_tiles(const PanelTask& task) {
+    cover<V, vectors>(task.tokens, [&](auto rows, int64_t first) JMLR_FLATTEN {
+        tile<V, Product, vectors, decltype(rows)::count, with_winners>(task, first);
+    });
 }
 
 template <class V, class Product>

@@ -55,6 +55,7 @@ public:
 
     // A row's units, in order: floats, or with `pairs` the embedding as it is stored.
     void put(const Group& group, int64_t row, const char* units) const {
+        if (steps == 0) return;
         uint32_t* place = &unit(group, row, 0);
         const int64_t stride = steps > 1 ? &unit(group, row, 1) - place : 0;
         const int64_t whole = steps - (half_step() ? 1 : 0);

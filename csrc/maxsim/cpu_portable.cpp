@@ -1,6 +1,6 @@
 // The inner loops in plain C++, for processors without AVX2 and for other architectures.
 
-#include "cpu_kernels.h"
+#include "cpu_smooth_kernels.h"
 
 namespace jmlr::maxsim::cpu {
 namespace {
@@ -48,12 +48,21 @@ struct Portable {
     static JMLR_INLINE Floats add(Floats a, Floats b) {
         return each<Floats>([=](int i) { return a.lane[i] + b.lane[i]; });
     }
+    static JMLR_INLINE Floats subtract(Floats a, Floats b) {
+        return each<Floats>([=](int i) { return a.lane[i] - b.lane[i]; });
+    }
     static JMLR_INLINE Floats multiply(Floats a, Floats b) {
         return each<Floats>([=](int i) { return a.lane[i] * b.lane[i]; });
     }
     static JMLR_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return add(multiply(a, b), c); }
     static JMLR_INLINE Floats maximum_or_second(Floats a, Floats b) {
         return each<Floats>([=](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    static JMLR_INLINE Floats minimum_or_second(Floats a, Floats b) {
+        return each<Floats>([=](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+    }
+    static JMLR_INLINE Floats low_bits_as_exponent(Floats a) {
+        return each<Floats>([=](int i) { return bits_to_float(float_to_bits(a.lane[i]) << 23); });
     }
     static JMLR_INLINE Mask unordered(Floats a, Floats b) {
         return each<Mask>([=](int i) { return a.lane[i] != a.lane[i] || b.lane[i] != b.lane[i]; });
@@ -111,7 +120,7 @@ struct Portable {
 const Instructions& portable_instructions() {
     static const Instructions set = {"portable",      Portable::lanes,        maxima<Portable, FloatProduct<Portable>>,
                                      nullptr,         weighted_sum<Portable>, dot<Portable>,
-                                     widen<Portable>, narrow<Portable>};
+                                     widen<Portable>, narrow<Portable>,       smooth_instructions<Portable>()};
     return set;
 }
 

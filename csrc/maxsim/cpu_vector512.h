@@ -7,7 +7,7 @@
 
 #include <immintrin.h>
 
-#include "cpu_kernels.h"
+#include "cpu_smooth_kernels.h"
 
 namespace jmlr::maxsim::cpu {
 namespace {
@@ -39,9 +39,14 @@ struct Avx512 {
     }
 
     static JMLR_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static JMLR_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
     static JMLR_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static JMLR_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static JMLR_INLINE Floats maximum_or_second(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+    static JMLR_INLINE Floats minimum_or_second(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+    static JMLR_INLINE Floats low_bits_as_exponent(Floats a) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23));
+    }
     static JMLR_INLINE Mask unordered(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
     static JMLR_INLINE Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
     static JMLR_INLINE Floats nan_where(Mask mask, Floats value) {

@@ -146,7 +146,7 @@ Walk::Worker Walk::make_worker() const {
 }
 
 int64_t Walk::chunk_tokens() const {
-    const int64_t tokens = chunk_bytes / (queries.steps * 4) / chunk_step * chunk_step;
+    const int64_t tokens = chunk_bytes / std::max<int64_t>(4, queries.steps * 4) / chunk_step * chunk_step;
     return std::max(tokens, chunk_step);
 }
 

@@ -2,20 +2,10 @@
 
 #include "cpu.h"
 #include "torch_problem.h"
+#include "torch_threads.h"
 
 namespace jmlr::maxsim {
 namespace {
-
-cpu::Threads torch_threads() {
-    cpu::Threads threads;
-    threads.count = torch::stable::get_num_threads();
-    threads.run = [](int64_t count, const std::function<void(int64_t)>& function) {
-        torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t index = begin; index < end; ++index) function(index);
-        });
-    };
-    return threads;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> maxsim_forward(Tensor queries, Tensor documents, OptionalTensor query_mask,
                                                           OptionalTensor document_mask, OptionalTensor query_weights,
