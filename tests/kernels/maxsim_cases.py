@@ -13,9 +13,14 @@ from jmlr_kernels.maxsim.reference import maxsim_reference
 # The backends that take CPU tensors here, or CUDA tensors where there is a GPU. Without the native library there are
 # two; tests/native says why it is missing.
 _HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-_OPERATIONS = ("maxsim_forward", "maxsim_backward")
-BACKENDS = ["torch", "triton"]
-BACKENDS += [name for name in ("cpu", "cuda") if native.why_not(_OPERATIONS, name, _HERE, torch.float32) is None]
+
+
+def native_backends(*operations: str) -> list[str]:
+    """Those of the native library that run all of these operations here."""
+    return [name for name in ("cpu", "cuda") if native.why_not(operations, name, _HERE, torch.float32) is None]
+
+
+BACKENDS = ["torch", "triton", *native_backends("maxsim_forward", "maxsim_backward")]
 
 
 @dataclass

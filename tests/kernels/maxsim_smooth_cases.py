@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from maxsim_cases import Case, make_case
+from maxsim_cases import Case, make_case, native_backends
 from torch import Tensor
 
 from jmlr_kernels import maxsim_smooth
 from jmlr_kernels.maxsim.smooth_reference import maxsim_smooth_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["torch", "triton", *native_backends("maxsim_smooth_forward", "maxsim_smooth_backward")]
 
 
 @dataclass

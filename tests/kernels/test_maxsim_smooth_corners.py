@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from maxsim_cases import make_case
-from maxsim_smooth_cases import DEVICE, Smooth
+from maxsim_smooth_cases import BACKENDS, DEVICE, Smooth
 from oracles import assert_as_exact_as_torch
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from jmlr_kernels import maxsim, maxsim_smooth
 
 # The interpreter computes with infinities that a selection then drops, and numpy warns of each.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero|All-NaN):RuntimeWarning")
-both = pytest.mark.parametrize("backend", ["torch", "triton"])
+every = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def _leaf(*shape: int, seed: int = 0) -> Tensor:
@@ -21,7 +21,7 @@ def _leaf(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=draw).to(DEVICE).requires_grad_()
 
 
-@both
+@every
 def test_tends_to_the_hard_maximum(backend: str) -> None:
     """From above, by at most temperature * log(tokens) for each query token; the gradient is the winner's."""
     hard_leaves, leaves = [(_leaf(3, 5, 16), _leaf(4, 40, 16, seed=1)) for _ in range(2)]
@@ -40,7 +40,7 @@ def test_tends_to_the_hard_maximum(backend: str) -> None:
         torch.testing.assert_close(leaf.grad, expected.grad)
 
 
-@both
+@every
 def test_large_similarities_neither_overflow_nor_round_away(backend: str) -> None:
     """Similarities near 1e6, whose naive exponentials are infinite: as exact as logsumexp at the same precision."""
     case = make_case(document_length=70, dimension=16)
@@ -52,7 +52,7 @@ def test_large_similarities_neither_overflow_nor_round_away(backend: str) -> Non
         assert_as_exact_as_torch(name, value.cpu(), plain[name], exact[name])
 
 
-@both
+@every
 def test_infinite_similarities(backend: str) -> None:
     """Plus infinity is the score; minus infinity alone too, and beside others it has no share. No NaN."""
     queries = torch.ones(1, 1, 1, device=DEVICE)
@@ -65,7 +65,7 @@ def test_infinite_similarities(backend: str) -> None:
     assert gradient.flatten().tolist() == [0.0] * 39 + [1.0]
 
 
-@both
+@every
 @pytest.mark.parametrize("place", [0, 40, 149])
 def test_nan_in_a_kept_token_reaches_score_and_gradient(backend: str, place: int) -> None:
     queries, documents = _leaf(2, 3, 16), _leaf(3, 150, 16).detach()
@@ -76,7 +76,7 @@ def test_nan_in_a_kept_token_reaches_score_and_gradient(backend: str, place: int
     assert gradient.isnan().all()
 
 
-@both
+@every
 def test_excluded_tokens_have_gradient_zero_beside_nan(backend: str) -> None:
     """Zero times NaN is NaN: an excluded token's zero share must not be multiplied with a kept token's NaN."""
     queries, documents = _leaf(2, 3, 16).detach(), _leaf(3, 40, 16, seed=1).detach()
@@ -89,7 +89,7 @@ def test_excluded_tokens_have_gradient_zero_beside_nan(backend: str) -> None:
     assert (gradients[0][0, 1] == 0).all() and (gradients[1][:, 33] == 0).all()
 
 
-@both
+@every
 def test_very_negative_similarities_beside_excluded_tokens(backend: str) -> None:
     """An excluded token read as zeros would have the greatest similarity of all, and an infinite share."""
     queries, documents = torch.ones(1, 2, 16, device=DEVICE), torch.full((2, 40, 16), -100.0, device=DEVICE)
@@ -103,7 +103,7 @@ def test_very_negative_similarities_beside_excluded_tokens(backend: str) -> None
     torch.testing.assert_close(gradients[1], expected, rtol=1e-3, atol=0)
 
 
-@both
+@every
 def test_nan_in_an_excluded_token_goes_nowhere(backend: str) -> None:
     queries, documents = _leaf(2, 3, 16).detach(), _leaf(3, 70, 16).detach()
     weights = torch.ones(2, 3, device=DEVICE)
@@ -122,7 +122,7 @@ def test_nan_in_an_excluded_token_goes_nowhere(backend: str) -> None:
     assert (documents.grad[:, 7] == 0).all() and (queries.grad[1, 2] == 0).all() and weights.grad[1, 2] == 0
 
 
-@both
+@every
 @pytest.mark.parametrize("packed", [False, True])
 def test_empty_document_and_empty_query_score_zero(backend: str, packed: bool) -> None:
     queries, documents, weights = _leaf(2, 3, 16), _leaf(3, 5, 16), _leaf(2, 3, seed=2)
@@ -145,7 +145,7 @@ def test_empty_document_and_empty_query_score_zero(backend: str, packed: bool) -
     assert packed or (documents.grad[1] == 0).all()
 
 
-@both
+@every
 @pytest.mark.parametrize(
     ("shape_q", "shape_d"),
     [((0, 3, 4), (2, 5, 4)), ((2, 0, 4), (3, 5, 4)), ((2, 3, 4), (0, 5, 4)), ((2, 3, 4), (3, 0, 4))],
@@ -157,7 +157,7 @@ def test_nothing_to_score(backend: str, shape_q: tuple[int, ...], shape_d: tuple
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(scores.sum(), leaves))
 
 
-@both
+@every
 def test_strided_inputs(backend: str) -> None:
     """Any strides: transposed, sliced and expanded inputs give what their contiguous copies give."""
     queries = _leaf(4, 3, 32).detach()[..., ::2].transpose(0, 1).requires_grad_()
@@ -178,8 +178,9 @@ def test_strided_inputs(backend: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_offsets_past_two_to_the_31(packed: bool) -> None:
+def test_offsets_past_two_to_the_31(backend: str, packed: bool) -> None:
     """A view whose strides overflow 32 bits: an offset computed in int32 would leave it."""
     # 2**31 elements are reserved, not touched: the system gives memory page by page, as it is written.
     span = torch.empty(2**31 + 2**27 + 128, dtype=torch.float16, device=DEVICE)
@@ -194,12 +195,12 @@ def test_offsets_past_two_to_the_31(packed: bool) -> None:
     expected = maxsim_smooth(queries, copy, temperature=0.5, backend="torch", **options)
     expected_gradients = torch.autograd.grad(expected.sum(), (queries, copy))
     documents.requires_grad_()
-    scores = maxsim_smooth(queries, documents, temperature=0.5, backend="triton", **options)
+    scores = maxsim_smooth(queries, documents, temperature=0.5, backend=backend, **options)
     gradients = torch.autograd.grad(scores.sum(), (queries, documents))
     torch.testing.assert_close((scores, *gradients), (expected, *expected_gradients))
 
 
-@both
+@every
 def test_bitwise_repeatable_and_allowed_by_deterministic_mode(backend: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:
