@@ -19,8 +19,11 @@ namespace jmlr::maxsim::cpu {
 namespace {
 
 constexpr int64_t piece_tokens = 96;  // whose rows, sums and shares stay in a second cache
-constexpr int64_t splits_wanted = 32;
-constexpr int64_t most_sums = int64_t{1} << 26;  // floats of all splits' sums together, where there are more than 8
+// Clearing and adding a split's sums takes a few percent of what so many tokens take.
+constexpr int64_t split_tokens = 384;
+constexpr int64_t least_splits = 8;  // of all groups together, so that threads have some,
+constexpr int64_t most_splits = 64;
+constexpr int64_t most_sums = int64_t{1} << 26;  // floats of all splits' sums, where there are more than the least
 
 // Tokens [first, last) of document j of the group's queries.
 struct Piece {
@@ -49,6 +52,10 @@ struct Worker {
     Scratch<float> factors;
 };
 
+void prefetch(const float* memory, int64_t count) {
+    for (int64_t k = 0; k < count; k += 16) __builtin_prefetch(memory + k, 0, 2);
+}
+
 int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 class SmoothBackward {
@@ -75,7 +82,8 @@ public:
         Tasks parallel(threads, static_cast<int64_t>(splits.size()), work);
         for (int64_t w = 0; w < parallel.workers; ++w) workers.push_back(make_worker());
         parallel.run([&](int64_t worker, int64_t task) { run_split(splits[task], workers[worker]); });
-        Tasks last(threads, p.query_count, p.query_count * p.query_length * columns * splits_wanted);
+        Tasks last(threads, p.query_count,
+                   queries.row_begin[p.query_count] * columns * static_cast<int64_t>(splits.size()));
         last.run([&](int64_t, int64_t i) { write_query(i); });
     }
 
@@ -137,8 +145,9 @@ private:
     void make_splits() {
         const int64_t groups = static_cast<int64_t>(queries.groups.size());
         const int64_t rows = std::max<int64_t>(1, queries.row_begin[p.query_count]);
-        const int64_t affordable = std::max<int64_t>(8, most_sums / (rows * std::max<int64_t>(1, columns)));
-        const int64_t wanted = std::max<int64_t>(1, std::min(splits_wanted / groups, affordable));
+        const int64_t least = std::max<int64_t>(1, least_splits / groups);
+        const int64_t affordable = most_sums / (rows * std::max<int64_t>(1, columns));
+        const int64_t most = std::max(least, std::min(most_splits / groups, affordable));
         int64_t place = 0;
         for (int64_t g = 0; g < groups; ++g) {
             const auto begin = static_cast<int64_t>(pieces.size());
@@ -154,6 +163,7 @@ private:
             }
             work += 3 * tokens * queries.groups[g].rows * p.dimension;
             split_begin.push_back(static_cast<int64_t>(splits.size()));
+            const int64_t wanted = std::clamp(tokens / split_tokens, least, most);
             const int64_t share = (tokens + wanted - 1) / wanted, end = static_cast<int64_t>(pieces.size());
             for (int64_t first = begin; first < end;) {
                 int64_t last = first, sum = 0;
@@ -247,6 +257,11 @@ private:
             const int64_t rows = std::min(width, group.rows - row);
             panel.vectors = shares.vectors = queries.vectors(group, row);
             panel.panel = queries.panel(group, row);
+            // Into the second cache while the similarities are multiplied: all rows of a group do not fit there.
+            prefetch(sums_of_queries + row * columns, rows * columns);
+            for (int64_t slice = 0; slice < right_columns; slice += width) {
+                prefetch(weighted_rows(group) + slice * group.rows + row * width, rows * width);
+            }
             similarities(panel, worker.block.get());
             look_up(group, row, rows, piece.j, i, worker);
             set.smooth.shares(shares);
