@@ -285,7 +285,9 @@ private:
 void backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output,
               const Threads& threads) {
     check_offsets(problem);
-    if (write_empty_gradients(problem, output)) return;
+    if (problem.dimension == 0 || problem.query_count * problem.query_length == 0 || problem.documents_per_query == 0) {
+        return write_zero_gradients(problem, output);
+    }
     Backward(problem, input, output, threads).run();
 }
 

@@ -104,15 +104,12 @@ inline void clear_tokens_of_no_document(const Problem& p, void* gradients) {
     std::memset(static_cast<char*>(gradients) + last * row, 0, (p.packed_tokens - last) * row);
 }
 
-// Nothing meets anything: all gradients are zeros.
-inline bool write_empty_gradients(const Problem& p, const BackwardOutput& output) {
-    if (p.dimension != 0 && p.query_count * p.query_length != 0 && p.documents_per_query != 0) return false;
+inline void write_zero_gradients(const Problem& p, const BackwardOutput& output) {
     const int64_t row = p.dimension * element_bytes(p.type), query_tokens = p.query_count * p.query_length;
     const int64_t tokens = p.packed() ? p.packed_tokens : p.document_count() * p.document_length;
     std::memset(output.grad_queries, 0, query_tokens * row);
     std::memset(output.grad_documents, 0, tokens * row);
     if (output.grad_weights) std::fill_n(output.grad_weights, query_tokens, 0.0f);
-    return true;
 }
 
 // Tasks in any order on as many threads as are worth it; each thread asks for the next task when it is done, so that

@@ -356,7 +356,10 @@ private:
 void smooth_backward(const Problem& problem, const SmoothBackwardInput& input, const SmoothBackwardOutput& output,
                      const Threads& threads) {
     check_offsets(problem);
-    if (write_empty_gradients(problem, output)) return;
+    // Without a dimension there are still the weights' gradients.
+    if (problem.query_count * problem.query_length == 0 || problem.documents_per_query == 0) {
+        return write_zero_gradients(problem, output);
+    }
     SmoothBackward(problem, input, output, threads).run();
 }
 

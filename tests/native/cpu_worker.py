@@ -14,6 +14,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[1] / "kernels"), str(Path(__file__).parents[1])]
 
 from maxsim_cases import make_case  # noqa: E402
+from maxsim_smooth_cases import Smooth  # noqa: E402
 from oracles import assert_as_exact_as_torch  # noqa: E402
 
 # Query rows that fill vectors of 4, 8 and 16 lanes, and panels of two, or nearly; documents around tiles of 4 to 12
@@ -37,7 +38,16 @@ def main() -> None:
             plain["scores"] = plain["scores"].float()
             for name, value in found.items():
                 assert_as_exact_as_torch(f"{name} {dtype} {sizes} {switches}", value, plain[name], exact[name])
+        low.options.pop("normalize", None)  # which smooth MaxSim does not have
+        compare_smooth(Smooth(low, 0.7), f"smooth {sizes} {switches}")
     print(torch.ops.jmlr_native.cpu_instructions())
+
+
+def compare_smooth(call: Smooth, what: str) -> None:
+    exact, found, plain = call.exact(), call.run("cpu"), call.plain()
+    plain["scores"] = plain["scores"].float()
+    for name, value in found.items():
+        assert_as_exact_as_torch(f"{name} {value.dtype} {what}", value, plain[name], exact[name])
 
 
 if __name__ == "__main__":
