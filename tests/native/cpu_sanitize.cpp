@@ -80,6 +80,49 @@ void fail(const char* what, int64_t problem) {
     std::exit(1);
 }
 
+cpu::Threads some_threads(int64_t count) {
+    cpu::Threads threads;
+    threads.count = count;
+    threads.run = [](int64_t count, const std::function<void(int64_t)>& function) {
+        std::vector<std::thread> running;
+        for (int64_t i = 0; i < count; ++i) running.emplace_back(function, i);
+        for (std::thread& one : running) one.join();
+    };
+    return threads;
+}
+
+// Smooth MaxSim of the same problem, twice: the bits do not depend on threads. The Python tests compare the values.
+void run_smooth(Problem p, int64_t tokens, int64_t number) {
+    const int64_t query_tokens = p.query_count * p.query_length, pairs = p.query_count * p.documents_per_query;
+    const int64_t bytes = p.type == Type::float32 ? 4 : 2;
+    p.max_length = 0;
+    Buffer<float> grad(pairs);
+    for (int64_t i = 0; i < pairs; ++i) grad[i] = small_number();
+    std::vector<std::vector<char>> results;
+    for (const int64_t count : {int64_t{1}, upto(2, 3)}) {
+        const cpu::Threads threads = some_threads(count);
+        Buffer<float> scores(pairs), maxima(pairs * p.query_length), grad_weights(query_tokens);
+        cpu::smooth_forward(p, {0.75f, scores.get(), maxima.get()}, threads);
+        Buffer<char> grad_queries(query_tokens * p.dimension * bytes), grad_documents(tokens * p.dimension * bytes);
+        Problem without_query_mask = p;
+        without_query_mask.query_mask = nullptr;
+        cpu::smooth_backward(without_query_mask, {0.75f, grad.get(), maxima.get()},
+                             {grad_queries.get(), grad_documents.get(), p.query_weights ? grad_weights.get() : nullptr},
+                             threads);
+        std::vector<char> all;
+        const auto append = [&](const void* from, int64_t size) {
+            all.insert(all.end(), static_cast<const char*>(from), static_cast<const char*>(from) + size);
+        };
+        append(scores.get(), pairs * 4);
+        append(maxima.get(), maxima.count * 4);
+        append(grad_queries.get(), grad_queries.count);
+        append(grad_documents.get(), grad_documents.count);
+        if (p.query_weights) append(grad_weights.get(), query_tokens * 4);
+        results.push_back(all);
+    }
+    if (results[0] != results[1]) fail("bits of smooth MaxSim on several threads", number);
+}
+
 void run(int64_t number) {
     Problem p;
     p.type = static_cast<Type>(upto(0, 2));
@@ -145,13 +188,8 @@ void run(int64_t number) {
     out.normalize = normalize;
     out.query_scales = query_scales.get();
     out.document_scales = document_scales.get();
-    cpu::Threads threads;
-    threads.count = upto(1, 3);
-    threads.run = [](int64_t count, const std::function<void(int64_t)>& function) {
-        std::vector<std::thread> running;
-        for (int64_t i = 0; i < count; ++i) running.emplace_back(function, i);
-        for (std::thread& one : running) one.join();
-    };
+    run_smooth(p, tokens, number);
+    const cpu::Threads threads = some_threads(upto(1, 3));
     cpu::forward(p, out, threads);
     const bool asked = coin();
     if (asked) {  // the same without winners
