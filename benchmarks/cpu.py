@@ -1,4 +1,4 @@
-"""MaxSim on this CPU against torch, einsum and maxsim-cpu, in turns in one process: `make bench`, or
+"""MaxSim and smooth MaxSim on this CPU against torch, einsum and maxsim-cpu, in turns in one process: `make bench`, or
 
     python -m benchmarks.cpu [--out FILE] [--threads N] [--seconds S]
     python -m benchmarks.cpu --processor-time
@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import maxsim
+from benchmarks import maxsim, maxsim_smooth
 from benchmarks.candidate import FORWARD, STEP
 from benchmarks.environment import describe
-from benchmarks.maxsim_cases import CPU_CASES, MaxSimCase
+from benchmarks.maxsim_cases import MaxSimCase
 from benchmarks.peers import maxsim_cpu
 from benchmarks.prepare import prepare
 from benchmarks.timing import race
@@ -57,12 +57,12 @@ def peak_gflops(threads: int) -> dict[str, float] | None:
 
 
 def run_case(
-    case: MaxSimCase, dtype: torch.dtype, seconds: float, clock: Callable[[], float] = time.perf_counter
+    suite: Any, case: MaxSimCase, dtype: torch.dtype, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Any]:
     """Milliseconds of every candidate, by direction; `problems` says who was not timed, and why."""
     directions = [FORWARD, STEP] if case.backward else [FORWARD]
-    candidates = {name: some for name, some in maxsim.candidates(case, CPU, 0).items() if name not in LEFT_OUT}
-    records, ready = prepare(maxsim, case, candidates, CPU, dtype, directions, float("inf"))
+    candidates = {name: some for name, some in suite.candidates(case, CPU, 0).items() if name not in LEFT_OUT}
+    records, ready = prepare(suite, case, candidates, CPU, dtype, directions, float("inf"))
     problems = {name: record["problem"] for name, record in records.items() if "problem" in record}
     results: Results = {}
     for direction in directions:
@@ -115,9 +115,10 @@ def main() -> int:
     instructions = torch.ops.jmlr_native.cpu_instructions() if native.has("maxsim_backward", "cpu") else None
     print(f"threads: {arguments.threads}; instructions: {instructions or native.loaded().problem}; peak: {peaks[0]}")
     results = []
-    for case in CPU_CASES:
+    cases = [(suite, case) for suite in (maxsim, maxsim_smooth) for case in suite.CPU_CASES]
+    for suite, case in cases:
         for dtype in (torch.float32, torch.bfloat16):
-            results.append(run_case(case, dtype, arguments.seconds, clock))
+            results.append(run_case(suite, case, dtype, arguments.seconds, clock))
             print("\n".join(lines(results[-1], peaks[0])), flush=True)
     peaks.append(peak_gflops(arguments.threads))
     print(f"peak afterwards: {peaks[1]}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import baselines, maxsim, oracle
+from benchmarks import baselines, maxsim, maxsim_smooth, oracle
 from benchmarks.candidate import FORWARD, STEP, Candidate
 from benchmarks.maxsim_cases import DRY_CASES, GPU_CASES, MaxSimCase
 from benchmarks.prepare import compare, prepare, results_of, steps_of
@@ -61,6 +61,16 @@ def test_every_candidate_computes_the_same(layout: str, monkeypatch: pytest.Monk
     for name, record in records.items():
         assert "problem" not in record and max(record["error"].values()) < 1e-6, (name, record)
     assert records["jmlr"]["second_data_error"] < 1e-6 and "second_data_error" not in records["gemm"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_candidate_of_smooth_maxsim_computes_the_same(layout: str) -> None:
+    case = maxsim_smooth.MaxSimSmoothCase(3, 5, 4, 9, backward=True, dim=8, layout=layout, shortest=1)
+    candidates = maxsim_smooth.candidates(case, CPU, 0)
+    records, ready = prepare(maxsim_smooth, case, candidates, CPU, torch.float32, [FORWARD, STEP], float("inf"))
+    assert set(ready[STEP]) == {"jmlr", "torch", "einsum"} and case.name.startswith("smooth 3 x")
+    for name, record in records.items():
+        assert "problem" not in record and max(record["error"].values()) < 1e-5, (name, record)
 
 
 def test_recompute_holds_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

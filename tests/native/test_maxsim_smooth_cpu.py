@@ -94,7 +94,9 @@ def test_exponentials_over_their_whole_range(element: float) -> None:
     _, gradient, _ = backward(torch.ones(1, 1), torch.ones(1, 1, 1), documents, maxima, temperature=1.0)
     share = (similarities - similarities.logsumexp(0)).exp()
     share[share < 2.0**-126] = 0  # below float32's normal numbers
-    torch.testing.assert_close(gradient.flatten().double(), share, rtol=1.3e-5 if element < -80 else 1e-6, atol=2.0**-126)
+    torch.testing.assert_close(
+        gradient.flatten().double(), share, rtol=1.3e-5 if element < -80 else 1e-6, atol=2.0**-126
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,7 +117,9 @@ def test_nan_at_any_place_of_a_tile(dtype: torch.dtype, dimension: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_excluded_tokens_are_not_read(dtype: torch.dtype) -> None:
-    call = Smooth(make_case(masked=True, weighted=True, query_length=20, document_length=140, dimension=17).to(dtype), 0.7)
+    call = Smooth(
+        make_case(masked=True, weighted=True, query_length=20, document_length=140, dimension=17).to(dtype), 0.7
+    )
     expected, case = call.run("cpu"), call.case
     for poison in (float("nan"), float("inf")):
         case.queries[~case.options["query_mask"]] = poison
@@ -180,7 +184,10 @@ def test_strides_of_every_kind(dtype: torch.dtype) -> None:
         grad = torch.randn(documents.shape[0], queries.shape[0]).T
         found, copied = (
             (scores := forward(q, d), backward(g, q, d, scores[1]))
-            for g, q, d in ((grad, queries, documents), (grad.contiguous(), queries.contiguous(), documents.contiguous()))
+            for g, q, d in (
+                (grad, queries, documents),
+                (grad.contiguous(), queries.contiguous(), documents.contiguous()),
+            )
         )
         for one, other in zip((*found[0], *found[1]), (*copied[0], *copied[1]), strict=True):
             assert torch.equal(one, other) and one.is_contiguous()
