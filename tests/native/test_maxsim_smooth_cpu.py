@@ -129,6 +129,19 @@ def test_excluded_tokens_are_not_read(dtype: torch.dtype) -> None:
             assert torch.equal(value, expected[name]), name
 
 
+def test_a_maximum_of_minus_infinity_has_no_gradient() -> None:
+    """Whatever the similarities are: of a pair that does not count, nothing is multiplied by zero."""
+    queries, documents = torch.randn(2, 3, 16), torch.randn(3, 20, 16)
+    _, maxima = forward(queries, documents)
+    maxima[:, 1] = float("-inf")
+    grad = torch.ones(2, 3)
+    gradients = backward(grad, queries, documents, maxima)
+    grad[:, 1] = float("inf")
+    for one, other in zip(gradients, backward(grad, queries, documents, maxima), strict=True):
+        assert torch.equal(one, other)
+    assert (gradients[1][1] == 0).all() and all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_weights_of_other_types_keep_theirs() -> None:
     case = make_case(weighted=True).to(torch.float32)
     for dtype in (torch.float16, torch.float64):
