@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <functional>
 
-#include "problem.h"
+#include "compressed_problem.h"
 
 namespace jmlr::maxsim::cpu {
 
@@ -17,9 +17,13 @@ struct Threads {
     std::function<void(int64_t count, const std::function<void(int64_t)>& function)> run;
 };
 
-// Both throw std::runtime_error, with one sentence, for input whose values do not fit, and std::bad_alloc.
+// All throw std::runtime_error, with one sentence, for input whose values do not fit, and std::bad_alloc.
 void forward(const Problem& problem, const ForwardOutput& output, const Threads& threads);
 void backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output, const Threads& threads);
+void quantized_forward(const Problem& problem, const QuantizedDocuments& documents, float* scores,
+                       const Threads& threads);
+void residual_forward(const Problem& problem, const ResidualDocuments& documents, float* scores,
+                      const Threads& threads);
 
 // "portable", "avx2", "avx512" or "avx512bf16". Throws where JMLR_CPU_ISA asks for what cannot run.
 const char* instruction_set();

@@ -24,7 +24,9 @@ const Instructions& avx512bf16_instructions() {
                                      weighted_sum<Avx512>,
                                      dot<Avx512>,
                                      widen<Avx512>,
-                                     narrow<Avx512>};
+                                     narrow<Avx512>,
+                                     decode_values<Avx512>,
+                                     decode_residual<Avx512>};
     return set;
 }
 

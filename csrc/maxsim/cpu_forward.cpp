@@ -11,7 +11,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu_common.h"
+#include "cpu_forward.h"
 
 namespace jmlr::maxsim::cpu {
 namespace {
@@ -42,18 +42,37 @@ struct Worker {
     Scratch<int32_t> kept;      // positions of a document's kept tokens, where some are excluded
     Scratch<const char*> rows;  // and their rows
     Scratch<float> scales;      // inverse norms of kept tokens
-    Scratch<float> wide;        // a chunk's rows in float32
+    Scratch<float> decoded;     // a chunk's rows
+    Scratch<float> row;         // one token in float32
+    Scratch<uint16_t> narrow;   // and in the queries' type
     Scratch<float> best;        // of the group's rows
     Scratch<int32_t> winners;
 };
 
+// Half precision, where the products are float32's.
+class Widen final : public Decoder {
+public:
+    explicit Widen(const Problem& problem) : p_(problem), set_(instructions()) { element_bytes = 2; }
+
+    void decode(const StoredTokens& tokens, int64_t k, float* row) const override {
+        set_.widen(p_.type, tokens.at(k), p_.dimension, row);
+    }
+
+private:
+    const Problem& p_;
+    const Instructions& set_;
+};
+
 class Forward {
 public:
-    Forward(const Problem& problem, const ForwardOutput& output, const Threads& threads)
-        : p(problem), out(output), threads(threads), set(instructions()) {
+    Forward(const Problem& problem, const ForwardOutput& output, const Decoder* decoder, const Threads& threads)
+        : p(problem), out(output), threads(threads), set(instructions()), widen(problem), decoder(decoder) {
         pairs = p.type == Type::bfloat16 && set.maxima_of_pairs != nullptr;
-        widened = p.type != Type::float32 && !pairs;
+        if (decoder == nullptr && p.type != Type::float32 && !pairs) this->decoder = &widen;
+        rounded = decoder != nullptr && !decoder->exact && p.type != Type::float32 && !pairs;
+        document_bytes = decoder ? decoder->element_bytes : element_bytes(p.type);
         normalize = out.normalize;
+        token_scales = normalize ? out.document_scales : decoder ? decoder->scales : nullptr;
         steps = pairs ? (p.dimension + 1) / 2 : p.dimension;
         longest = longest_document(p);
     }
@@ -174,6 +193,8 @@ private:
 
     // -------------------------------------------------------------- documents
 
+    Document at(int64_t i, int64_t j) const { return document_at(p, i, j, document_bytes); }
+
     // Inverse norms of a document's kept tokens, 0 for the others.
     void compute_scales(const Document& document, float* row) const {
         float* scales = out.document_scales + document.first_token;
@@ -191,16 +212,14 @@ private:
         const int64_t count = p.document_count();
         Tasks parallel(threads, count, count * std::max<int64_t>(longest, 1) * p.dimension);
         Scratch<float> rows(parallel.workers * p.dimension);
-        parallel.run([&](int64_t worker, int64_t n) {
-            compute_scales(document_at(p, 0, n), rows.get() + worker * p.dimension);
-        });
+        parallel.run([&](int64_t worker, int64_t n) { compute_scales(at(0, n), rows.get() + worker * p.dimension); });
         scales_are_known = true;
     }
 
     void make_tasks() {
         const int64_t count = p.documents_per_query;
         const auto cost = [&](const Group& group, int64_t j) {
-            const Document document = document_at(p, group.first, j);
+            const Document document = at(group.first, j);
             return (document.length + chunk_step) * std::max<int64_t>(group.vectors, 1) * steps * set.lanes;
         };
         for (const Group& group : groups) {
@@ -221,9 +240,10 @@ private:
         Worker worker;
         worker.kept = Scratch<int32_t>(p.document_mask ? longest : 0);
         worker.rows = Scratch<const char*>(p.document_mask ? longest : 0);
-        worker.scales = Scratch<float>(normalize && p.document_mask ? longest : 0);
-        const int64_t rows = std::max<int64_t>(1, std::min(longest, chunk_tokens()));
-        worker.wide = Scratch<float>(widened ? rows * p.dimension : p.dimension);
+        worker.scales = Scratch<float>(token_scales && p.document_mask ? longest : 0);
+        worker.decoded = Scratch<float>(decoder ? std::min(longest, chunk_tokens()) * steps : 0);
+        worker.row = Scratch<float>(p.dimension);
+        worker.narrow = Scratch<uint16_t>(rounded ? p.dimension : 0);
         worker.best = Scratch<float>(most_vectors * set.lanes);
         worker.winners = Scratch<int32_t>(out.winners ? most_vectors * set.lanes : 0);
         return worker;
@@ -237,9 +257,9 @@ private:
     void run_task(Worker& worker, const Task& task) {
         const Group& group = groups[task.group];
         for (int64_t j = task.first_document; j < task.last_document; ++j) {
-            const Document document = document_at(p, group.first, j);
+            const Document document = at(group.first, j);
             const bool too_long = is_too_long(p, document.length);
-            if (normalize && !scales_are_known) compute_scales(document, worker.wide.get());
+            if (normalize && !scales_are_known) compute_scales(document, worker.row.get());
             const int64_t kept = too_long ? 0 : keep_tokens(document, worker);
             if (kept > 0) find_maxima(group, document, kept, worker);
             for (int64_t i = group.first; i < group.last; ++i) write(group, i, j, kept > 0, too_long, worker);
@@ -253,7 +273,7 @@ private:
             if (!document.keeps(t)) continue;
             worker.kept[kept] = static_cast<int32_t>(t);
             worker.rows[kept] = document.token(t);
-            if (normalize) worker.scales[kept] = out.document_scales[document.first_token + t];
+            if (token_scales) worker.scales[kept] = token_scales[document.first_token + t];
             ++kept;
         }
         return kept;
@@ -272,9 +292,9 @@ private:
             task.first_row = document.token(first);
             task.row_bytes = document.token_bytes;
             task.rows = document.mask ? worker.rows.get() + first : nullptr;
-            if (widened) widen_rows(task, worker.wide.get());
-            if (normalize) {
-                const float* all = document.mask ? worker.scales.get() : out.document_scales + document.first_token;
+            if (decoder) decode_rows(task, document, worker);
+            if (token_scales) {
+                const float* all = document.mask ? worker.scales.get() : token_scales + document.first_token;
                 task.scales = all + first;
             }
             for (int64_t row = 0; row < rows; row += width) {
@@ -282,19 +302,32 @@ private:
                 task.panel = panels.get() + group.panel_offset + row * steps;
                 task.best = worker.best.get() + row;
                 task.winners = out.winners ? worker.winners.get() + row : nullptr;
-                task.prefetch_bytes = row == 0 && !widened ? chunk_bytes : 0;
+                task.prefetch_bytes = row == 0 && !decoder ? chunk_bytes : 0;
                 pairs ? set.maxima_of_pairs(task) : set.maxima(task);
             }
         }
     }
 
-    void widen_rows(PanelTask& task, float* wide) const {
+    void decode_rows(PanelTask& task, const Document& document, const Worker& worker) const {
+        const int64_t first = task.first_position;
+        StoredTokens tokens;
+        tokens.first = task.first_row;
+        tokens.stride = task.row_bytes;
+        tokens.places = task.rows;
+        tokens.number = document.first_token + (document.mask ? 0 : first);
+        tokens.kept = document.mask ? worker.kept.get() + first : nullptr;
+        tokens.count = task.tokens;
         for (int64_t k = 0; k < task.tokens; ++k) {
-            const char* row = task.rows ? task.rows[k] : task.first_row + k * task.row_bytes;
-            set.widen(p.type, row, p.dimension, wide + k * p.dimension);
+            float* row = worker.decoded.get() + k * steps;
+            decoder->decode(tokens, k, pairs ? worker.row.get() : row);
+            if (pairs) set.narrow(p.type, worker.row.get(), p.dimension, row);
+            if (rounded) {
+                set.narrow(p.type, row, p.dimension, worker.narrow.get());
+                set.widen(p.type, worker.narrow.get(), p.dimension, row);
+            }
         }
-        task.first_row = reinterpret_cast<const char*>(wide);
-        task.row_bytes = p.dimension * 4;
+        task.first_row = reinterpret_cast<const char*>(worker.decoded.get());
+        task.row_bytes = steps * 4;
         task.rows = nullptr;
     }
 
@@ -362,9 +395,13 @@ private:
     const ForwardOutput& out;
     const Threads& threads;
     const Instructions& set;
-    bool pairs = false;    // bfloat16 as it is
-    bool widened = false;  // half precision in float32
+    const Widen widen;
+    const Decoder* decoder;  // null: stored rows are what the panels meet
+    bool pairs = false;      // bfloat16 as it is
+    bool rounded = false;    // to the queries' type, and widened again
     bool normalize = false;
+    int64_t document_bytes = 0;           // of a stored element
+    const float* token_scales = nullptr;  // of similarities, by a token's number
     bool scales_are_known = false;
     int64_t steps = 0;
     int64_t longest = 0;
@@ -404,6 +441,10 @@ void write_nothing(const Problem& p, const ForwardOutput& output) {
 }  // namespace
 
 void forward(const Problem& problem, const ForwardOutput& output, const Threads& threads) {
+    forward(problem, output, nullptr, threads);
+}
+
+void forward(const Problem& problem, const ForwardOutput& output, const Decoder* decoder, const Threads& threads) {
     check_offsets(problem);
     const int64_t tokens = problem.packed() ? problem.packed_tokens : problem.document_length;
     if (problem.query_count == 0 || problem.query_length == 0 || problem.dimension == 0 ||
@@ -415,7 +456,7 @@ void forward(const Problem& problem, const ForwardOutput& output, const Threads&
         std::fill_n(output.document_scales, first, 0.0f);
         std::fill_n(output.document_scales + last, problem.packed_tokens - last, 0.0f);
     }
-    Forward(problem, output, threads).run();
+    Forward(problem, output, decoder, threads).run();
 }
 
 const char* instruction_set() { return instructions().name; }

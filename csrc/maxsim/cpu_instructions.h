@@ -7,12 +7,18 @@
 
 #include <cstdint>
 
-#include "problem.h"
+#include "compressed_problem.h"
 
 namespace jmlr::maxsim::cpu {
 
 // Query rows of a panel: this many vectors side by side. Two suffice to hide the latency of loads and products.
 constexpr int widest_panel = 2;
+
+// Of a vector shorter than this, the direction is noise: it is divided by the floor instead (torch's own default).
+constexpr float norm_floor = 1e-12f;
+
+// Weights of a residual's fields, repeated as often as they go: as many as 8 bits can name.
+constexpr int64_t field_table = 256;
 
 // The maxima of one panel of query rows over a run of document tokens.
 //
@@ -34,6 +40,17 @@ struct PanelTask {
     int32_t first_position = 0;         // of the first token
 };
 
+// One token of residual codes (compressed_problem.h).
+struct ResidualToken {
+    Type centroid_type = Type::float32;
+    const void* centroid = nullptr;
+    int bits = 0;
+    const void* fields = nullptr;
+    const float* weights = nullptr;  // [field_table], aligned to 64 bytes
+    int64_t dimension = 0;
+    bool normalize = false;
+};
+
 struct Instructions {
     const char* name;
     int lanes;  // floats in a vector
@@ -47,6 +64,8 @@ struct Instructions {
     float (*dot)(const float* a, const float* b, int64_t dimension);
     void (*widen)(Type type, const void* from, int64_t dimension, float* to);
     void (*narrow)(Type type, const float* from, int64_t dimension, void* to);  // to the nearest, ties to even
+    void (*decode_values)(ValueType type, const void* from, int64_t dimension, float* to);
+    void (*decode_residual)(const ResidualToken& token, float* row);
 };
 
 const Instructions& portable_instructions();

@@ -313,6 +313,8 @@ void narrow(Type type, const float* from, int64_t dimension, void* to) {
     int64_t d = 0;
     if (type == Type::float16) {
         for (; d + V::lanes <= dimension; d += V::lanes) V::store_halves(bytes + d * 2, V::load_unaligned(from + d));
+    } else {
+        for (; d + V::lanes <= dimension; d += V::lanes) V::store_bfloat16(bytes + d * 2, V::load_unaligned(from + d));
     }
     for (; d < dimension; ++d) {
         const uint16_t value = type == Type::float16 ? float_to_half(from[d]) : float_to_bfloat16(from[d]);

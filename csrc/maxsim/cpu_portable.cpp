@@ -1,6 +1,6 @@
 // The inner loops in plain C++, for processors without AVX2 and for other architectures.
 
-#include "cpu_kernels.h"
+#include "cpu_decoding.h"
 
 namespace jmlr::maxsim::cpu {
 namespace {
@@ -104,14 +104,38 @@ struct Portable {
             std::memcpy(at + 2 * i, &half, 2);
         }
     }
+    static JMLR_INLINE void store_bfloat16(char* at, Floats value) {
+        for (int i = 0; i < lanes; ++i) {
+            const uint16_t half = float_to_bfloat16(value.lane[i]);
+            std::memcpy(at + 2 * i, &half, 2);
+        }
+    }
+
+    static JMLR_INLINE Floats load_int8(const char* at) {
+        return each<Floats>([=](int i) { return Int8Elements<Portable>::one(at + i); });
+    }
+    static JMLR_INLINE Floats load_float8(const char* at) {
+        return each<Floats>([=](int i) { return Float8Elements<Portable>::one(at + i); });
+    }
+    template <int bits>
+    static JMLR_INLINE Floats field_weights(const char* fields, const float* weights, int64_t d) {
+        return each<Floats>([=](int i) { return field_weight<bits>(fields, weights, d + i); });
+    }
 };
 
 }  // namespace
 
 const Instructions& portable_instructions() {
-    static const Instructions set = {"portable",      Portable::lanes,        maxima<Portable, FloatProduct<Portable>>,
-                                     nullptr,         weighted_sum<Portable>, dot<Portable>,
-                                     widen<Portable>, narrow<Portable>};
+    static const Instructions set = {"portable",
+                                     Portable::lanes,
+                                     maxima<Portable, FloatProduct<Portable>>,
+                                     nullptr,
+                                     weighted_sum<Portable>,
+                                     dot<Portable>,
+                                     widen<Portable>,
+                                     narrow<Portable>,
+                                     decode_values<Portable>,
+                                     decode_residual<Portable>};
     return set;
 }
 

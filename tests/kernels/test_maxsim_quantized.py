@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from compressed_cases import BACKEND_AND_DTYPE, DEVICE, DTYPES, SHAPES, check_scores, random_sizes
+from compressed_cases import BACKEND_AND_DTYPE, BACKENDS, DEVICE, DTYPES, NATIVE, SHAPES, check_scores, random_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from maxsim_cases import make_case
@@ -21,7 +21,6 @@ from jmlr_kernels.maxsim import config, config_compressed, torch_compressed
 from jmlr_kernels.maxsim.triton_compressed import _float8_from_bits
 
 STORED = [torch.int8, torch.float8_e4m3fn]
-BACKENDS = ["torch", "triton"]
 
 
 def check(stored: torch.dtype, backend: str, dtype: torch.dtype, **sizes: object) -> None:

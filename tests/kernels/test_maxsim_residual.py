@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_cases import BACKEND_AND_DTYPE, DEVICE, DTYPES, SHAPES, check_scores, random_sizes
+from compressed_cases import BACKEND_AND_DTYPE, BACKENDS, DEVICE, DTYPES, NATIVE, SHAPES, check_scores, random_sizes
 from maxsim_cases import make_case
 from torch import Tensor
 
 from jmlr_kernels import ResidualCodec, maxsim, maxsim_residual, ops, residual_compress, residual_decompress
 from jmlr_kernels.maxsim import config_compressed, torch_compressed
 
-BACKENDS = ["torch", "triton"]
 BITS = [1, 2, 4, 8]
 # Made by colbert-ai 0.2.22: ResidualCodec.compress and .decompress of two embeddings for each number of bits, on a CPU.
 GOLDEN = json.loads(Path(__file__).with_name("colbert_residual_codes.json").read_text())
