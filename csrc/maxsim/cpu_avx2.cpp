@@ -30,6 +30,11 @@ struct Avx2 {
     static JMLR_INLINE Floats broadcast_half_unit(const char*) { return zero(); }  // units are floats here
 
     static JMLR_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+    static JMLR_INLINE float sum(Floats a) {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
     static JMLR_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
     static JMLR_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
     static JMLR_INLINE Floats maximum_or_second(Floats a, Floats b) { return _mm256_max_ps(a, b); }

@@ -19,6 +19,7 @@ namespace {
 constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr int64_t panels_bytes = 512 * 1024;  // of a group, in half of a second cache
 constexpr int64_t chunk_bytes = 128 * 1024;   // of a document that is kept there while all panels meet it
+constexpr int64_t burst_bytes = 12 * 1024;    // of one that is decoded for a single panel, in the first cache
 constexpr int64_t chunk_step = 12;            // every instruction set's tiles divide this many tokens
 constexpr int64_t tasks_per_thread = 16;
 
@@ -41,38 +42,21 @@ struct Task {
 struct Worker {
     Scratch<int32_t> kept;      // positions of a document's kept tokens, where some are excluded
     Scratch<const char*> rows;  // and their rows
-    Scratch<float> scales;      // inverse norms of kept tokens
+    Scratch<float> scales;      // inverse norms of kept tokens, or a chunk's factors
     Scratch<float> decoded;     // a chunk's rows
     Scratch<float> row;         // one token in float32
-    Scratch<uint16_t> narrow;   // and in the queries' type
     Scratch<float> best;        // of the group's rows
     Scratch<int32_t> winners;
 };
 
-// Half precision, where the products are float32's.
-class Widen final : public Decoder {
-public:
-    explicit Widen(const Problem& problem) : p_(problem), set_(instructions()) { element_bytes = 2; }
-
-    void decode(const StoredTokens& tokens, int64_t k, float* row) const override {
-        set_.widen(p_.type, tokens.at(k), p_.dimension, row);
-    }
-
-private:
-    const Problem& p_;
-    const Instructions& set_;
-};
-
 class Forward {
 public:
-    Forward(const Problem& problem, const ForwardOutput& output, const Decoder* decoder, const Threads& threads)
-        : p(problem), out(output), threads(threads), set(instructions()), widen(problem), decoder(decoder) {
-        pairs = p.type == Type::bfloat16 && set.maxima_of_pairs != nullptr;
-        if (decoder == nullptr && p.type != Type::float32 && !pairs) this->decoder = &widen;
-        rounded = decoder != nullptr && !decoder->exact && p.type != Type::float32 && !pairs;
+    Forward(const Problem& problem, const ForwardOutput& output, const Decoder* stored, const Threads& threads)
+        : p(problem), out(output), threads(threads), set(instructions()), widen(problem), decoder(stored) {
+        pairs = meets_pairs(p);
+        if (decoder == nullptr && p.type != Type::float32 && !pairs) decoder = &widen;
         document_bytes = decoder ? decoder->element_bytes : element_bytes(p.type);
         normalize = out.normalize;
-        token_scales = normalize ? out.document_scales : decoder ? decoder->scales : nullptr;
         steps = pairs ? (p.dimension + 1) / 2 : p.dimension;
         longest = longest_document(p);
     }
@@ -240,17 +224,19 @@ private:
         Worker worker;
         worker.kept = Scratch<int32_t>(p.document_mask ? longest : 0);
         worker.rows = Scratch<const char*>(p.document_mask ? longest : 0);
-        worker.scales = Scratch<float>(token_scales && p.document_mask ? longest : 0);
-        worker.decoded = Scratch<float>(decoder ? std::min(longest, chunk_tokens()) * steps : 0);
+        const int64_t chunk = std::min(longest, chunk_tokens());
+        const bool factors = decoder && decoder->has_factors;
+        worker.scales = Scratch<float>(normalize && p.document_mask ? longest : factors ? chunk : 0);
+        worker.decoded = Scratch<float>(decoder ? chunk * steps : 0);
         worker.row = Scratch<float>(p.dimension);
-        worker.narrow = Scratch<uint16_t>(rounded ? p.dimension : 0);
         worker.best = Scratch<float>(most_vectors * set.lanes);
         worker.winners = Scratch<int32_t>(out.winners ? most_vectors * set.lanes : 0);
         return worker;
     }
 
     int64_t chunk_tokens() const {
-        const int64_t tokens = chunk_bytes / (steps * 4) / chunk_step * chunk_step;
+        const bool single = decoder && most_vectors <= widest_panel;
+        const int64_t tokens = (single ? burst_bytes : chunk_bytes) / (steps * 4) / chunk_step * chunk_step;
         return std::max(tokens, chunk_step);
     }
 
@@ -273,7 +259,7 @@ private:
             if (!document.keeps(t)) continue;
             worker.kept[kept] = static_cast<int32_t>(t);
             worker.rows[kept] = document.token(t);
-            if (token_scales) worker.scales[kept] = token_scales[document.first_token + t];
+            if (normalize) worker.scales[kept] = out.document_scales[document.first_token + t];
             ++kept;
         }
         return kept;
@@ -292,11 +278,11 @@ private:
             task.first_row = document.token(first);
             task.row_bytes = document.token_bytes;
             task.rows = document.mask ? worker.rows.get() + first : nullptr;
-            if (decoder) decode_rows(task, document, worker);
-            if (token_scales) {
-                const float* all = document.mask ? worker.scales.get() : token_scales + document.first_token;
+            if (normalize) {
+                const float* all = document.mask ? worker.scales.get() : out.document_scales + document.first_token;
                 task.scales = all + first;
             }
+            if (decoder) decode_rows(task, document, kept - first, worker);
             for (int64_t row = 0; row < rows; row += width) {
                 task.vectors = static_cast<int>(std::min(width, rows - row) / set.lanes);
                 task.panel = panels.get() + group.panel_offset + row * steps;
@@ -308,27 +294,22 @@ private:
         }
     }
 
-    void decode_rows(PanelTask& task, const Document& document, const Worker& worker) const {
-        const int64_t first = task.first_position;
+    // Rows of the task's tokens in place of what is stored; `left` tokens remain in the document.
+    void decode_rows(PanelTask& task, const Document& document, int64_t left, const Worker& worker) const {
         StoredTokens tokens;
         tokens.first = task.first_row;
         tokens.stride = task.row_bytes;
         tokens.places = task.rows;
-        tokens.number = document.first_token + (document.mask ? 0 : first);
-        tokens.kept = document.mask ? worker.kept.get() + first : nullptr;
-        tokens.count = task.tokens;
-        for (int64_t k = 0; k < task.tokens; ++k) {
-            float* row = worker.decoded.get() + k * steps;
-            decoder->decode(tokens, k, pairs ? worker.row.get() : row);
-            if (pairs) set.narrow(p.type, worker.row.get(), p.dimension, row);
-            if (rounded) {
-                set.narrow(p.type, row, p.dimension, worker.narrow.get());
-                set.widen(p.type, worker.narrow.get(), p.dimension, row);
-            }
-        }
-        task.first_row = reinterpret_cast<const char*>(worker.decoded.get());
-        task.row_bytes = steps * 4;
+        tokens.number = document.first_token + (document.mask ? 0 : task.first_position);
+        tokens.kept = document.mask ? worker.kept.get() + task.first_position : nullptr;
+        tokens.count = left;
+        const DecodedRows rows{reinterpret_cast<char*>(worker.decoded.get()), steps * 4, worker.scales.get(),
+                               worker.row.get()};
+        decoder->decode(tokens, task.tokens, rows);
+        task.first_row = rows.first;
+        task.row_bytes = rows.stride;
         task.rows = nullptr;
+        if (decoder->has_factors) task.scales = rows.factors;
     }
 
     // ---------------------------------------------------------------- outputs
@@ -396,12 +377,10 @@ private:
     const Threads& threads;
     const Instructions& set;
     const Widen widen;
-    const Decoder* decoder;  // null: stored rows are what the panels meet
-    bool pairs = false;      // bfloat16 as it is
-    bool rounded = false;    // to the queries' type, and widened again
+    const Decoder* decoder;      // null: stored rows are what the panels meet
+    int64_t document_bytes = 0;  // of a stored element
+    bool pairs = false;          // bfloat16 as it is
     bool normalize = false;
-    int64_t document_bytes = 0;           // of a stored element
-    const float* token_scales = nullptr;  // of similarities, by a token's number
     bool scales_are_known = false;
     int64_t steps = 0;
     int64_t longest = 0;

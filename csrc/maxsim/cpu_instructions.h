@@ -40,15 +40,17 @@ struct PanelTask {
     int32_t first_position = 0;         // of the first token
 };
 
-// One token of residual codes (compressed_problem.h).
-struct ResidualToken {
+// The form of a decoded row: units of a panel's kind. Rounded ones are floats whose values the type holds.
+enum class Row { float32, bfloat16, rounded_to_float16, rounded_to_bfloat16 };
+
+// What all tokens of residual codes have in common (compressed_problem.h).
+struct ResidualFormat {
     Type centroid_type = Type::float32;
-    const void* centroid = nullptr;
     int bits = 0;
-    const void* fields = nullptr;
-    const float* weights = nullptr;  // [field_table], aligned to 64 bytes
-    int64_t dimension = 0;
     bool normalize = false;
+    Row row = Row::float32;
+    int64_t dimension = 0;
+    const float* weights = nullptr;  // [field_table], aligned to 64 bytes
 };
 
 struct Instructions {
@@ -64,8 +66,12 @@ struct Instructions {
     float (*dot)(const float* a, const float* b, int64_t dimension);
     void (*widen)(Type type, const void* from, int64_t dimension, float* to);
     void (*narrow)(Type type, const float* from, int64_t dimension, void* to);  // to the nearest, ties to even
-    void (*decode_values)(ValueType type, const void* from, int64_t dimension, float* to);
-    void (*decode_residual)(const ResidualToken& token, float* row);
+    // The row is float32, or bfloat16 where there are products of pairs.
+    void (*decode_values)(ValueType type, const void* from, int64_t dimension, Row row, void* to);
+    // Returns a factor that the row's similarities still want: only unrounded rows need not have unit length. `scratch`
+    // has room for a row in float32.
+    float (*decode_residual)(const ResidualFormat& format, const void* centroid, const void* fields, float* scratch,
+                             void* to);
 };
 
 const Instructions& portable_instructions();

@@ -275,12 +275,9 @@ float dot(const float* a, const float* b, int64_t dimension) {
             sums[v] = V::multiply_add(V::load_unaligned(a + at), V::load_unaligned(b + at), sums[v]);
         }
     }
-    float parts[V::lanes];
-    V::store_unaligned(parts, V::add(sums[0], sums[1]));
-    float total = 0;
-    for (; d < dimension; ++d) total += a[d] * b[d];
-    for (int lane = 0; lane < V::lanes; ++lane) total += parts[lane];
-    return total;
+    float rest = 0;
+    for (; d < dimension; ++d) rest += a[d] * b[d];
+    return V::sum(V::add(sums[0], sums[1])) + rest;
 }
 
 template <class V, class Elements>

@@ -48,6 +48,7 @@ struct Portable {
     static JMLR_INLINE Floats add(Floats a, Floats b) {
         return each<Floats>([=](int i) { return a.lane[i] + b.lane[i]; });
     }
+    static JMLR_INLINE float sum(Floats a) { return (a.lane[0] + a.lane[2]) + (a.lane[1] + a.lane[3]); }
     static JMLR_INLINE Floats multiply(Floats a, Floats b) {
         return each<Floats>([=](int i) { return a.lane[i] * b.lane[i]; });
     }

@@ -4,6 +4,7 @@
 
 // GCC 12 takes its own header's "any value will do" for a mistake.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #include <immintrin.h>
 
@@ -39,6 +40,7 @@ struct Avx512 {
     }
 
     static JMLR_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static JMLR_INLINE float sum(Floats a) { return _mm512_reduce_add_ps(a); }
     static JMLR_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static JMLR_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static JMLR_INLINE Floats maximum_or_second(Floats a, Floats b) { return _mm512_max_ps(a, b); }
