@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import maxsim, maxsim_smooth
+from benchmarks import cpu_compressed, maxsim, maxsim_smooth
 from benchmarks.candidate import FORWARD, STEP
 from benchmarks.environment import describe
 from benchmarks.maxsim_cases import MaxSimCase
@@ -120,6 +120,11 @@ def main() -> int:
         for dtype in (torch.float32, torch.bfloat16):
             results.append(run_case(suite, case, dtype, arguments.seconds, clock))
             print("\n".join(lines(results[-1], peaks[0])), flush=True)
+    compressed = []
+    for case in cpu_compressed.CASES:
+        for dtype in (torch.float32, torch.bfloat16):
+            compressed.append(cpu_compressed.run(case, dtype, arguments.seconds, clock))
+            print("\n".join(cpu_compressed.lines(compressed[-1])), flush=True)
     peaks.append(peak_gflops(arguments.threads))
     print(f"peak afterwards: {peaks[1]}")
     if not any(maxsim_cpu.NAME in result["milliseconds"][FORWARD] for result in results):
@@ -132,6 +137,7 @@ def main() -> int:
             "instructions": instructions,
             "peak_gflops": peaks,
             "results": results,
+            "compressed": compressed,
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")

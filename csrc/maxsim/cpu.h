@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "compressed_problem.h"
 #include "loss_rows.h"
 #include "smooth_problem.h"
 
@@ -24,6 +25,10 @@ void backward(const Problem& problem, const BackwardInput& input, const Backward
 void smooth_forward(const Problem& problem, const SmoothForwardOutput& output, const Threads& threads);
 void smooth_backward(const Problem& problem, const SmoothBackwardInput& input, const SmoothBackwardOutput& output,
                      const Threads& threads);
+void quantized_forward(const Problem& problem, const QuantizedDocuments& documents, float* scores,
+                       const Threads& threads);
+void residual_forward(const Problem& problem, const ResidualDocuments& documents, float* scores,
+                      const Threads& threads);
 
 // Throws nothing: all sizes are good.
 void loss_rows(const LossRows& rows, const Threads& threads);

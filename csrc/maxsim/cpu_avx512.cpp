@@ -5,9 +5,17 @@
 namespace jmlr::maxsim::cpu {
 
 const Instructions& avx512_instructions() {
-    static const Instructions set = {"avx512",      Avx512::lanes,        maxima<Avx512, FloatProduct<Avx512>>,
-                                     nullptr,       weighted_sum<Avx512>, dot<Avx512>,
-                                     widen<Avx512>, narrow<Avx512>,       smooth_instructions<Avx512>()};
+    static const Instructions set = {"avx512",
+                                     Avx512::lanes,
+                                     maxima<Avx512, FloatProduct<Avx512>>,
+                                     nullptr,
+                                     weighted_sum<Avx512>,
+                                     dot<Avx512>,
+                                     widen<Avx512>,
+                                     narrow<Avx512>,
+                                     decode_values<Avx512>,
+                                     decode_residual<Avx512>,
+                                     smooth_instructions<Avx512>()};
     return set;
 }
 

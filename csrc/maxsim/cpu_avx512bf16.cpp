@@ -8,6 +8,13 @@
 namespace jmlr::maxsim::cpu {
 namespace {
 
+// Rows for these products alone: the conversion takes subnormal numbers for zero too.
+struct Avx512Pairs : Avx512 {
+    static JMLR_INLINE void store_bfloat16(char* at, Floats value) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh(value));
+    }
+};
+
 struct PairProduct {
     static JMLR_INLINE __m512 add(__m512 sum, __m512 query, __m512 document) {
         return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(query), reinterpret_cast<__m512bh>(document));
@@ -25,6 +32,8 @@ const Instructions& avx512bf16_instructions() {
                                      dot<Avx512>,
                                      widen<Avx512>,
                                      narrow<Avx512>,
+                                     decode_values<Avx512Pairs>,
+                                     decode_residual<Avx512Pairs>,
                                      smooth_instructions<Avx512>(similarities<Avx512, PairProduct>)};
     return set;
 }

@@ -16,9 +16,6 @@
 
 namespace jmlr::maxsim::cpu {
 
-// Of a vector shorter than this, the direction is noise: it is divided by the floor instead (torch's own default).
-constexpr float norm_floor = 1e-12f;
-
 inline int64_t element_bytes(Type type) { return type == Type::float32 ? 4 : 2; }
 
 inline const char* query_row(const Problem& p, int64_t i, int64_t r) {
@@ -35,7 +32,7 @@ inline float exponent_scale_of(float temperature) {
     return static_cast<float>(1.4426950408889634 / static_cast<double>(temperature));
 }
 
-// Document j of query i; all strides in bytes.
+// Document j of query i, of elements of `bytes` bytes; all strides in bytes.
 struct Document {
     const char* tokens = nullptr;
     int64_t token_bytes = 0;
@@ -48,8 +45,8 @@ struct Document {
     const char* token(int64_t t) const { return tokens + t * token_bytes; }
 };
 
-inline Document document_at(const Problem& p, int64_t i, int64_t j) {
-    const int64_t bytes = element_bytes(p.type), owner = p.candidates ? i : 0;
+inline Document document_at(const Problem& p, int64_t i, int64_t j, int64_t bytes) {
+    const int64_t owner = p.candidates ? i : 0;
     const int64_t n = owner * p.documents_per_query + j;
     Document found;
     found.token_bytes = p.document_token_stride * bytes;
@@ -69,6 +66,10 @@ inline Document document_at(const Problem& p, int64_t i, int64_t j) {
         }
     }
     return found;
+}
+
+inline Document document_at(const Problem& p, int64_t i, int64_t j) {
+    return document_at(p, i, j, element_bytes(p.type));
 }
 
 // Winners of a longer document may not fit their integer: its scores are NaN, and it has no winners.

@@ -14,8 +14,9 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 
 class HardMaximum final : public Walk {
 public:
-    HardMaximum(const Problem& problem, const ForwardOutput& output, const Threads& threads)
-        : Walk(problem, output.normalize ? Scales{output.query_scales, output.document_scales} : Scales{}, threads),
+    HardMaximum(const Problem& problem, const ForwardOutput& output, const Decoder* decoder, const Threads& threads)
+        : Walk(problem, output.normalize ? Scales{output.query_scales, output.document_scales} : Scales{}, decoder,
+               threads),
           out(output) {}
 
 private:
@@ -118,6 +119,10 @@ void write_nothing(const Problem& p, const ForwardOutput& output) {
 }  // namespace
 
 void forward(const Problem& problem, const ForwardOutput& output, const Threads& threads) {
+    forward(problem, output, nullptr, threads);
+}
+
+void forward(const Problem& problem, const ForwardOutput& output, const Decoder* decoder, const Threads& threads) {
     check_offsets(problem);
     const int64_t tokens = problem.packed() ? problem.packed_tokens : problem.document_length;
     if (problem.query_count == 0 || problem.query_length == 0 || problem.dimension == 0 ||
@@ -129,7 +134,7 @@ void forward(const Problem& problem, const ForwardOutput& output, const Threads&
         std::fill_n(output.document_scales, first, 0.0f);
         std::fill_n(output.document_scales + last, problem.packed_tokens - last, 0.0f);
     }
-    HardMaximum(problem, output, threads).run();
+    HardMaximum(problem, output, decoder, threads).run();
 }
 
 const char* instruction_set() { return instructions().name; }

@@ -7,12 +7,18 @@
 
 #include <cstdint>
 
-#include "problem.h"
+#include "compressed_problem.h"
 
 namespace jmlr::maxsim::cpu {
 
 // Query rows of a panel: this many vectors side by side. Two suffice to hide the latency of loads and products.
 constexpr int widest_panel = 2;
+
+// Of a vector shorter than this, the direction is noise: it is divided by the floor instead (torch's own default).
+constexpr float norm_floor = 1e-12f;
+
+// Weights of a residual's fields, repeated as often as they go: as many as 8 bits can name.
+constexpr int64_t field_table = 256;
 
 // The maxima of one panel of query rows over a run of document tokens.
 //
@@ -69,6 +75,19 @@ struct SmoothInstructions {
     void (*add_product)(const ProductTask& task);
 };
 
+// The form of a decoded row: units of a panel's kind. Rounded ones are floats whose values the type holds.
+enum class Row { float32, bfloat16, rounded_to_float16, rounded_to_bfloat16 };
+
+// What all tokens of residual codes have in common (compressed_problem.h).
+struct ResidualFormat {
+    Type centroid_type = Type::float32;
+    int bits = 0;
+    bool normalize = false;
+    Row row = Row::float32;
+    int64_t dimension = 0;
+    const float* weights = nullptr;  // [field_table], aligned to 64 bytes
+};
+
 struct Instructions {
     const char* name;
     int lanes;  // floats in a vector
@@ -82,6 +101,12 @@ struct Instructions {
     float (*dot)(const float* a, const float* b, int64_t dimension);
     void (*widen)(Type type, const void* from, int64_t dimension, float* to);
     void (*narrow)(Type type, const float* from, int64_t dimension, void* to);  // to the nearest, ties to even
+    // The row is float32, or bfloat16 where there are products of pairs.
+    void (*decode_values)(ValueType type, const void* from, int64_t dimension, Row row, void* to);
+    // Returns a factor that the row's similarities still want: only unrounded rows need not have unit length. `scratch`
+    // has room for a row in float32.
+    float (*decode_residual)(const ResidualFormat& format, const void* centroid, const void* fields, float* scratch,
+                             void* to);
     SmoothInstructions smooth;
 };
 

@@ -295,12 +295,9 @@ float dot(const float* a, const float* b, int64_t dimension) {
             sums[v] = V::multiply_add(V::load_unaligned(a + at), V::load_unaligned(b + at), sums[v]);
         }
     }
-    float parts[V::lanes];
-    V::store_unaligned(parts, V::add(sums[0], sums[1]));
-    float total = 0;
-    for (; d < dimension; ++d) total += a[d] * b[d];
-    for (int lane = 0; lane < V::lanes; ++lane) total += parts[lane];
-    return total;
+    float rest = 0;
+    for (; d < dimension; ++d) rest += a[d] * b[d];
+    return V::sum(V::add(sums[0], sums[1])) + rest;
 }
 
 template <class V, class Elements>
@@ -333,6 +330,8 @@ void narrow(Type type, const float* from, int64_t dimension, void* to) {
     int64_t d = 0;
     if (type == Type::float16) {
         for (; d + V::lanes <= dimension; d += V::lanes) V::store_halves(bytes + d * 2, V::load_unaligned(from + d));
+    } else {
+        for (; d + V::lanes <= dimension; d += V::lanes) V::store_bfloat16(bytes + d * 2, V::load_unaligned(from + d));
     }
     for (; d < dimension; ++d) {
         const uint16_t value = type == Type::float16 ? float_to_half(from[d]) : float_to_bfloat16(from[d]);

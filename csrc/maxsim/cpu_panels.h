@@ -7,7 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu_common.h"
+#include "cpu_forward.h"
 
 namespace jmlr::maxsim::cpu {
 
@@ -23,7 +23,7 @@ struct Group {
 class QueryPanels {
 public:
     QueryPanels(const Problem& problem, const Instructions& instructions) : p(problem), set(instructions) {
-        pairs = p.type == Type::bfloat16 && set.maxima_of_pairs != nullptr;
+        pairs = meets_pairs(p);
         steps = pairs ? (p.dimension + 1) / 2 : p.dimension;
     }
 

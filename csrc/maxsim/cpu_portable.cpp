@@ -1,5 +1,6 @@
 // The inner loops in plain C++, for processors without AVX2 and for other architectures.
 
+#include "cpu_decoding.h"
 #include "cpu_smooth_kernels.h"
 
 namespace jmlr::maxsim::cpu {
@@ -51,6 +52,7 @@ struct Portable {
     static JMLR_INLINE Floats subtract(Floats a, Floats b) {
         return each<Floats>([=](int i) { return a.lane[i] - b.lane[i]; });
     }
+    static JMLR_INLINE float sum(Floats a) { return (a.lane[0] + a.lane[2]) + (a.lane[1] + a.lane[3]); }
     static JMLR_INLINE Floats multiply(Floats a, Floats b) {
         return each<Floats>([=](int i) { return a.lane[i] * b.lane[i]; });
     }
@@ -113,14 +115,39 @@ struct Portable {
             std::memcpy(at + 2 * i, &half, 2);
         }
     }
+    static JMLR_INLINE void store_bfloat16(char* at, Floats value) {
+        for (int i = 0; i < lanes; ++i) {
+            const uint16_t half = float_to_bfloat16(value.lane[i]);
+            std::memcpy(at + 2 * i, &half, 2);
+        }
+    }
+
+    static JMLR_INLINE Floats load_int8(const char* at) {
+        return each<Floats>([=](int i) { return Int8Elements<Portable>::one(at + i); });
+    }
+    static JMLR_INLINE Floats load_float8(const char* at) {
+        return each<Floats>([=](int i) { return Float8Elements<Portable>::one(at + i); });
+    }
+    template <int bits>
+    static JMLR_INLINE Floats field_weights(const char* fields, const float* weights, int64_t d) {
+        return each<Floats>([=](int i) { return field_weight<bits>(fields, weights, d + i); });
+    }
 };
 
 }  // namespace
 
 const Instructions& portable_instructions() {
-    static const Instructions set = {"portable",      Portable::lanes,        maxima<Portable, FloatProduct<Portable>>,
-                                     nullptr,         weighted_sum<Portable>, dot<Portable>,
-                                     widen<Portable>, narrow<Portable>,       smooth_instructions<Portable>()};
+    static const Instructions set = {"portable",
+                                     Portable::lanes,
+                                     maxima<Portable, FloatProduct<Portable>>,
+                                     nullptr,
+                                     weighted_sum<Portable>,
+                                     dot<Portable>,
+                                     widen<Portable>,
+                                     narrow<Portable>,
+                                     decode_values<Portable>,
+                                     decode_residual<Portable>,
+                                     smooth_instructions<Portable>()};
     return set;
 }
 

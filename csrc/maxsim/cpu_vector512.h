@@ -4,9 +4,11 @@
 
 // GCC 12 takes its own header's "any value will do" for a mistake.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #include <immintrin.h>
 
+#include "cpu_decoding.h"
 #include "cpu_smooth_kernels.h"
 
 namespace jmlr::maxsim::cpu {
@@ -40,6 +42,7 @@ struct Avx512 {
 
     static JMLR_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
     static JMLR_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+    static JMLR_INLINE float sum(Floats a) { return _mm512_reduce_add_ps(a); }
     static JMLR_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static JMLR_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static JMLR_INLINE Floats maximum_or_second(Floats a, Floats b) { return _mm512_max_ps(a, b); }
@@ -77,6 +80,47 @@ struct Avx512 {
     }
     static JMLR_INLINE void store_halves(char* at, Floats value) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static JMLR_INLINE void store_bfloat16(char* at, Floats value) {
+        const __m512i bits = _mm512_castps_si512(value);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __m512i all = select(unordered(value, value), _mm512_set1_epi32(0x7fc0), _mm512_srli_epi32(up, 16));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtepi32_epi16(all));
+    }
+
+    static JMLR_INLINE __m128i load_bytes(const char* at) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    }
+    static JMLR_INLINE Floats load_int8(const char* at) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bytes(at)));
+    }
+    static JMLR_INLINE Floats load_float8(const char* at) {
+        const __m128i codes = load_bytes(at);
+        const __m256i places = _mm256_set1_epi16(static_cast<int16_t>(float8_places));
+        const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7), places);
+        const __m128i magnitude = _mm_and_si128(codes, _mm_set1_epi8(float8_nan));
+        return nan_where(_mm_cmpeq_epi8_mask(magnitude, _mm_set1_epi8(float8_nan)),
+                         multiply(_mm512_cvtph_ps(halves), broadcast_float(float8_factor)));
+    }
+    template <int bits>
+    static JMLR_INLINE Floats field_weights(const char* fields, const float* weights, int64_t d) {
+        const char* at = fields + d * bits / 8;
+        if constexpr (bits == 8) return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(load_bytes(at)), weights, 4);
+        uint64_t sixteen = 0;
+        std::memcpy(&sixteen, at, 2 * bits);
+        // Each lane takes its field's byte and moves the field down. Above a field's bits are others': the weights are
+        // repeated so that they do not matter.
+        const auto byte = [](int i) { return i * bits / 8; };
+        const __m512i bytes =
+            _mm512_setr_epi32(byte(0), byte(1), byte(2), byte(3), byte(4), byte(5), byte(6), byte(7), byte(8), byte(9),
+                              byte(10), byte(11), byte(12), byte(13), byte(14), byte(15));
+        const auto shift = [](int i) { return 8 - bits - i * bits % 8; };
+        const __m512i shifts =
+            _mm512_setr_epi32(shift(0), shift(1), shift(2), shift(3), shift(4), shift(5), shift(6), shift(7), shift(8),
+                              shift(9), shift(10), shift(11), shift(12), shift(13), shift(14), shift(15));
+        const __m512i own = _mm512_shuffle_epi8(_mm512_set1_epi64(static_cast<int64_t>(sixteen)), bytes);
+        return _mm512_permutexvar_ps(_mm512_srlv_epi32(own, shifts), load(weights));
     }
 };
 

@@ -8,19 +8,23 @@ namespace {
 
 constexpr int64_t panels_bytes = 512 * 1024;  // of a group, in half of a second cache
 constexpr int64_t chunk_bytes = 128 * 1024;   // of a document that is kept there while all panels meet it
+constexpr int64_t burst_bytes = 12 * 1024;    // of one that is decoded for a single panel, in the first cache
 constexpr int64_t chunk_step = 12;            // every instruction set's tiles divide this many tokens
 constexpr int64_t tasks_per_thread = 16;
 
 }  // namespace
 
-Walk::Walk(const Problem& problem, const Scales& scales, const Threads& threads)
+Walk::Walk(const Problem& problem, const Scales& scales, const Decoder* stored, const Threads& threads)
     : p(problem),
       set(instructions()),
       queries(problem, set),
       scales(scales),
       threads(threads),
       normalize(scales.queries != nullptr),
-      widened(p.type != Type::float32 && !queries.pairs) {
+      widen(problem),
+      decoder(stored) {
+    if (decoder == nullptr && p.type != Type::float32 && !queries.pairs) decoder = &widen;
+    document_bytes = decoder ? decoder->element_bytes : element_bytes(p.type);
     longest = longest_document(p);
 }
 
@@ -110,15 +114,14 @@ void Walk::compute_document_scales() {
     const int64_t count = p.document_count();
     Tasks parallel(threads, count, count * std::max<int64_t>(longest, 1) * p.dimension);
     Scratch<float> rows(parallel.workers * p.dimension);
-    parallel.run(
-        [&](int64_t worker, int64_t n) { compute_scales(document_at(p, 0, n), rows.get() + worker * p.dimension); });
+    parallel.run([&](int64_t worker, int64_t n) { compute_scales(at(0, n), rows.get() + worker * p.dimension); });
     scales_are_known = true;
 }
 
 void Walk::make_tasks() {
     const int64_t count = p.documents_per_query, groups = static_cast<int64_t>(queries.groups.size());
     const auto cost = [&](const Group& group, int64_t j) {
-        const Document document = document_at(p, group.first, j);
+        const Document document = at(group.first, j);
         return (document.length + chunk_step) * std::max<int64_t>(group.vectors, 1) * queries.steps * set.lanes;
     };
     for (const Group& group : queries.groups) {
@@ -139,25 +142,29 @@ Walk::Worker Walk::make_worker() const {
     Worker worker;
     worker.kept = Scratch<int32_t>(p.document_mask ? longest : 0);
     worker.rows = Scratch<const char*>(p.document_mask ? longest : 0);
-    worker.scales = Scratch<float>(normalize && p.document_mask ? longest : 0);
-    const int64_t rows = std::max<int64_t>(1, std::min(longest, chunk_tokens()));
-    worker.wide = Scratch<float>(widened ? rows * p.dimension : p.dimension);
+    const int64_t chunk = std::min(longest, chunk_tokens());
+    const bool factors = decoder && decoder->has_factors;
+    worker.scales = Scratch<float>(normalize && p.document_mask ? longest : factors ? chunk : 0);
+    worker.decoded = Scratch<float>(decoder ? chunk * queries.steps : 0);
+    worker.row = Scratch<float>(p.dimension);
     return worker;
 }
 
 int64_t Walk::chunk_tokens() const {
-    const int64_t tokens = chunk_bytes / std::max<int64_t>(4, queries.steps * 4) / chunk_step * chunk_step;
+    const bool single = decoder && queries.most_vectors <= widest_panel;
+    const int64_t tokens =
+        (single ? burst_bytes : chunk_bytes) / std::max<int64_t>(4, queries.steps * 4) / chunk_step * chunk_step;
     return std::max(tokens, chunk_step);
 }
 
 void Walk::run_task(int64_t worker, const Task& task) {
     const Group& group = queries.groups[task.group];
     for (int64_t j = task.first_document; j < task.last_document; ++j) {
-        const Document document = document_at(p, group.first, j);
+        const Document document = at(group.first, j);
         Pair pair;
         pair.j = j;
         pair.too_long = is_too_long(p, document.length);
-        if (normalize && !scales_are_known) compute_scales(document, workers[worker].wide.get());
+        if (normalize && !scales_are_known) compute_scales(document, workers[worker].row.get());
         const int64_t kept = pair.too_long ? 0 : keep_tokens(document, workers[worker]);
         if (kept > 0) pass(worker, group, document, kept);
         pair.has_tokens = kept > 0;
@@ -196,7 +203,7 @@ void Walk::pass(int64_t worker, const Group& group, const Document& document, in
         task.first_row = document.token(first);
         task.row_bytes = document.token_bytes;
         task.rows = document.mask ? own.rows.get() + first : nullptr;
-        if (widened) widen_rows(task, own.wide.get());
+        if (decoder) decode_rows(task, document, kept - first, own);
         if (normalize) {
             const float* all = document.mask ? own.scales.get() : scales.documents + document.first_token;
             task.scales = all + first;
@@ -204,20 +211,28 @@ void Walk::pass(int64_t worker, const Group& group, const Document& document, in
         for (int64_t row = 0; row < rows; row += queries.panel_rows()) {
             task.vectors = queries.vectors(group, row);
             task.panel = queries.panel(group, row);
-            task.prefetch_bytes = row == 0 && !widened ? chunk_bytes : 0;
+            task.prefetch_bytes = row == 0 && !decoder ? chunk_bytes : 0;
             meet(worker, task, row);
         }
     }
 }
 
-void Walk::widen_rows(PanelTask& task, float* wide) const {
-    for (int64_t k = 0; k < task.tokens; ++k) {
-        const char* row = task.rows ? task.rows[k] : task.first_row + k * task.row_bytes;
-        set.widen(p.type, row, p.dimension, wide + k * p.dimension);
-    }
-    task.first_row = reinterpret_cast<const char*>(wide);
-    task.row_bytes = p.dimension * 4;
+// Rows of the task's tokens in place of what is stored; `left` tokens remain in the document.
+void Walk::decode_rows(PanelTask& task, const Document& document, int64_t left, const Worker& worker) const {
+    StoredTokens tokens;
+    tokens.first = task.first_row;
+    tokens.stride = task.row_bytes;
+    tokens.places = task.rows;
+    tokens.number = document.first_token + (document.mask ? 0 : task.first_position);
+    tokens.kept = document.mask ? worker.kept.get() + task.first_position : nullptr;
+    tokens.count = left;
+    const DecodedRows rows{reinterpret_cast<char*>(worker.decoded.get()), queries.steps * 4, worker.scales.get(),
+                           worker.row.get()};
+    decoder->decode(tokens, task.tokens, rows);
+    task.first_row = rows.first;
+    task.row_bytes = rows.stride;
     task.rows = nullptr;
+    if (decoder->has_factors) task.scales = rows.factors;
 }
 
 float sum_of(const float* values, int64_t count) {

@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "cpu_forward.h"
 #include "cpu_panels.h"
 
 namespace jmlr::maxsim::cpu {
@@ -25,7 +26,8 @@ protected:
         float* documents = nullptr;  // as documents less D
     };
 
-    Walk(const Problem& problem, const Scales& scales, const Threads& threads);
+    // Without a decoder documents are of the problem's type.
+    Walk(const Problem& problem, const Scales& scales, const Decoder* stored, const Threads& threads);
 
     virtual void make_workers(int64_t count) = 0;
     // A group's rows, rounded up to whole vectors, start on a document.
@@ -60,8 +62,9 @@ private:
     struct Worker {
         Scratch<int32_t> kept;      // positions of a document's kept tokens, where some are excluded
         Scratch<const char*> rows;  // and their rows
-        Scratch<float> scales;      // inverse norms of kept tokens
-        Scratch<float> wide;        // a chunk's rows in float32
+        Scratch<float> scales;      // inverse norms of kept tokens, or a chunk's factors
+        Scratch<float> decoded;     // a chunk's rows
+        Scratch<float> row;         // one token in float32
     };
 
     int64_t queries_per_group() const;
@@ -76,12 +79,15 @@ private:
     void run_task(int64_t worker, const Task& task);
     int64_t keep_tokens(const Document& document, Worker& worker) const;
     void pass(int64_t worker, const Group& group, const Document& document, int64_t kept);
-    void widen_rows(PanelTask& task, float* wide) const;
+    void decode_rows(PanelTask& task, const Document& document, int64_t left, const Worker& worker) const;
+    Document at(int64_t i, int64_t j) const { return document_at(p, i, j, document_bytes); }
 
     const Scales scales;
     const Threads& threads;
     const bool normalize;
-    const bool widened;  // half precision in float32
+    const Widen widen;
+    const Decoder* decoder;      // null: stored rows are what the panels meet
+    int64_t document_bytes = 0;  // of a stored element
     bool scales_are_known = false;
     int64_t longest = 0;
     int64_t work = 0;

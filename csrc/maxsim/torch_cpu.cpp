@@ -1,7 +1,7 @@
-// jmlr_native::maxsim_forward and maxsim_backward on CPU tensors.
+// jmlr_native::maxsim_forward, maxsim_backward and the forward passes on compressed documents, on CPU tensors.
 
 #include "cpu.h"
-#include "torch_problem.h"
+#include "torch_compressed_problem.h"
 #include "torch_threads.h"
 
 namespace jmlr::maxsim {
@@ -34,6 +34,26 @@ Tensor maxsim_loss_rows(Tensor scores, OptionalTensor target, Tensor temperature
     return loss_rows_with(run, scores, target, temperatures, rule);
 }
 
+Tensor maxsim_quantized_forward(Tensor queries, Tensor values, Tensor scales, OptionalTensor query_mask,
+                                OptionalTensor document_mask, OptionalTensor query_weights, OptionalTensor cu_seqlens,
+                                bool candidates) {
+    const auto run = [](const Problem& p, const QuantizedDocuments& documents, float* scores) {
+        cpu::quantized_forward(p, documents, scores, torch_threads());
+    };
+    return quantized_forward_with(run, queries, values, scales, query_mask, document_mask, query_weights, cu_seqlens,
+                                  candidates);
+}
+
+Tensor maxsim_residual_forward(Tensor queries, Tensor codes, Tensor residuals, Tensor centroids, Tensor field_weights,
+                               OptionalTensor query_mask, OptionalTensor document_mask, OptionalTensor query_weights,
+                               OptionalTensor cu_seqlens, bool normalize, bool candidates) {
+    const auto run = [](const Problem& p, const ResidualDocuments& documents, float* scores) {
+        cpu::residual_forward(p, documents, scores, torch_threads());
+    };
+    return residual_forward_with(run, queries, codes, residuals, centroids, field_weights, query_mask, document_mask,
+                                 query_weights, cu_seqlens, normalize, candidates);
+}
+
 std::string cpu_instructions() { return cpu::instruction_set(); }
 
 }  // namespace
@@ -43,6 +63,8 @@ STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CPU, library) {
     library.impl("maxsim_forward", TORCH_BOX(&jmlr::maxsim::maxsim_forward));
     library.impl("maxsim_backward", TORCH_BOX(&jmlr::maxsim::maxsim_backward));
     library.impl("maxsim_loss_rows", TORCH_BOX(&jmlr::maxsim::maxsim_loss_rows));
+    library.impl("maxsim_quantized_forward", TORCH_BOX(&jmlr::maxsim::maxsim_quantized_forward));
+    library.impl("maxsim_residual_forward", TORCH_BOX(&jmlr::maxsim::maxsim_residual_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CompositeExplicitAutograd, library) {

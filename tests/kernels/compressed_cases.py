@@ -10,14 +10,18 @@ from maxsim_cases import Case
 from oracles import assert_as_exact_as_torch
 from torch import Tensor
 
+from jmlr_kernels import native
 from jmlr_kernels.maxsim.reference import maxsim_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter computes bfloat16 wrongly; PyTorch does not.
-DTYPES = {
-    "torch": [torch.float32, torch.float16, torch.bfloat16],
-    "triton": [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else []),
-}
+_OPERATIONS = ("maxsim_quantized_forward", "maxsim_residual_forward")
+_HERE = torch.device(DEVICE)
+# The native library's, where it is there, beside the two that always are.
+NATIVE = [name for name in ("cpu", "cuda") if native.why_not(_OPERATIONS, name, _HERE, torch.float32) is None]
+BACKENDS = ["torch", "triton", *NATIVE]
+DTYPES = {name: [torch.float32, torch.float16, torch.bfloat16] for name in BACKENDS}
+if DEVICE == "cpu":
+    DTYPES["triton"] = [torch.float32, torch.float16]  # its interpreter computes bfloat16 wrongly
 BACKEND_AND_DTYPE = [(backend, dtype) for backend, dtypes in DTYPES.items() for dtype in dtypes]
 
 # One shape per path: several queries in a tile, a query longer than a tile, one token, several document tiles, a padded

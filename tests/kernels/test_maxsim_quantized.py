@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from compressed_cases import BACKEND_AND_DTYPE, DEVICE, DTYPES, SHAPES, check_scores, random_sizes
+from compressed_cases import BACKEND_AND_DTYPE, BACKENDS, DEVICE, DTYPES, NATIVE, SHAPES, check_scores, random_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from maxsim_cases import make_case
@@ -21,7 +21,6 @@ from jmlr_kernels.maxsim import config, config_compressed, torch_compressed
 from jmlr_kernels.maxsim.triton_compressed import _float8_from_bits
 
 STORED = [torch.int8, torch.float8_e4m3fn]
-BACKENDS = ["torch", "triton"]
 
 
 def check(stored: torch.dtype, backend: str, dtype: torch.dtype, **sizes: object) -> None:
@@ -233,22 +232,23 @@ def test_all_similarities_negative_with_padding(backend: str) -> None:
     assert scores.item() == pytest.approx(-16)
 
 
+@pytest.mark.parametrize("backend", ["triton", *NATIVE])
 @pytest.mark.parametrize("stored", STORED, ids=str)
-def test_offsets_past_two_to_the_31(stored: torch.dtype) -> None:
+def test_offsets_past_two_to_the_31(stored: torch.dtype, backend: str) -> None:
     """A view whose strides overflow 32 bits; memory is reserved, not touched."""
     queries, values, scales = _inputs(stored, 5)
     span = torch.empty(2**31 + 128, dtype=torch.uint8, device=DEVICE).view(stored)
     far = span.as_strided((3, 5, 16), (2**30, 16, 1))  # a stride that fits 32 bits, and twice of it that does not
     far.view(torch.uint8).copy_(values.view(torch.uint8))
     expected = maxsim_quantized(queries, values, scales, backend="torch")
-    torch.testing.assert_close(maxsim_quantized(queries, far, scales, backend="triton"), expected)
+    torch.testing.assert_close(maxsim_quantized(queries, far, scales, backend=backend), expected)
     rows = span.as_strided((3, 16), (2**30, 1))
     rows.view(torch.uint8).copy_(values[0, :3].view(torch.uint8))
     expected = maxsim_quantized(queries, values[:1, :3], scales[:1, :3], backend="torch")
-    torch.testing.assert_close(maxsim_quantized(queries, rows[None], scales[:1, :3], backend="triton"), expected)
+    torch.testing.assert_close(maxsim_quantized(queries, rows[None], scales[:1, :3], backend=backend), expected)
     offsets = torch.tensor([0, 2, 3], dtype=torch.int32, device=DEVICE)
     expected = maxsim_quantized(queries, values[0, :3], scales[0, :3], cu_seqlens=offsets, backend="torch")
-    found = maxsim_quantized(queries, rows, scales[0, :3], cu_seqlens=offsets, backend="triton")
+    found = maxsim_quantized(queries, rows, scales[0, :3], cu_seqlens=offsets, backend=backend)
     torch.testing.assert_close(found, expected)
 
 

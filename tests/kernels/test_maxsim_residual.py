@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_cases import BACKEND_AND_DTYPE, DEVICE, DTYPES, SHAPES, check_scores, random_sizes
+from compressed_cases import BACKEND_AND_DTYPE, BACKENDS, DEVICE, DTYPES, NATIVE, SHAPES, check_scores, random_sizes
 from maxsim_cases import make_case
 from torch import Tensor
 
 from jmlr_kernels import ResidualCodec, maxsim, maxsim_residual, ops, residual_compress, residual_decompress
 from jmlr_kernels.maxsim import config_compressed, torch_compressed
 
-BACKENDS = ["torch", "triton"]
 BITS = [1, 2, 4, 8]
 # Made by colbert-ai 0.2.22: ResidualCodec.compress and .decompress of two embeddings for each number of bits, on a CPU.
 GOLDEN = json.loads(Path(__file__).with_name("colbert_residual_codes.json").read_text())
@@ -198,9 +197,10 @@ def test_a_code_outside_the_table_is_refused_or_nan(code: int) -> None:
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="the codec has centroids 0 to 10"):
             maxsim_residual(queries, codes, residuals, codec)
-    tables = (codec.centroids, codec.field_weights, None, None, None, None, True, False, "triton")
-    scores = torch.ops.jmlr_kernels.maxsim_residual_forward(queries, codes, residuals, *tables)
-    assert scores[:, 1].isnan().all() and scores[:, [0, 2]].isfinite().all()
+    tables = (codec.centroids, codec.field_weights, None, None, None, None, True, False)
+    for backend in ("triton", *NATIVE):
+        scores = torch.ops.jmlr_kernels.maxsim_residual_forward(queries, codes, residuals, *tables, backend)
+        assert scores[:, 1].isnan().all() and scores[:, [0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -227,8 +227,9 @@ def test_empty_documents_and_queries_score_zero(backend: str, packed: bool) -> N
     assert (scores[:, 1] == 0).all() and (scores[1] == 0).all() and (scores[0, [0, 2]] != 0).all()
 
 
+@pytest.mark.parametrize("backend", ["triton", *NATIVE])
 @pytest.mark.parametrize("far", ["residuals", "centroids"])
-def test_offsets_past_two_to_the_31(far: str) -> None:
+def test_offsets_past_two_to_the_31(far: str, backend: str) -> None:
     """A view whose strides overflow 32 bits; memory is reserved, not touched."""
     queries, codes, residuals, codec = _inputs()
     codes = codes % 3
@@ -241,7 +242,7 @@ def test_offsets_past_two_to_the_31(far: str) -> None:
         span = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
         table = span.as_strided((3, 16), (2**30, 1)).copy_(codec.centroids[:3])
         codec = ResidualCodec(table, codec.bucket_weights)
-    torch.testing.assert_close(maxsim_residual(queries, codes, residuals, codec, backend="triton"), expected)
+    torch.testing.assert_close(maxsim_residual(queries, codes, residuals, codec, backend=backend), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,6 +1,6 @@
 // The CPU path of MaxSim over random problems, for AddressSanitizer and UndefinedBehaviorSanitizer: every buffer is on
 // the heap and exactly as large as the problem says, so that one element too far is an error. Threads are plain
-// std::thread. Scores, winners and gradients are compared with loops in float64.
+// std::thread. Scores, winners and gradients are compared with loops in float64; compressed documents likewise.
 //
 //     cpu_sanitize [problems] [seed]
 
@@ -123,55 +123,88 @@ void run_smooth(Problem p, int64_t tokens, int64_t number) {
     if (results[0] != results[1]) fail("bits of smooth MaxSim on several threads", number);
 }
 
-void run(int64_t number) {
-    Problem p;
-    p.type = static_cast<Type>(upto(0, 2));
-    p.query_count = upto(1, 5);
-    p.query_length = upto(1, 40);
-    p.dimension = upto(1, 70);
-    p.documents_per_query = upto(1, 6);
-    p.candidates = coin();
-    const bool packed = coin(), normalize = upto(0, 3) == 0, weighted = coin(), per_token = coin();
-    const int64_t documents = p.document_count(), longest = upto(1, coin() ? 60 : 300);
-    // Rows may be farther apart than they are long; the last one ends the buffer.
-    const int64_t row = p.dimension + upto(0, 3);
-    Buffer<int32_t> offsets(documents + 1);
-    int64_t tokens = documents * longest;
-    if (packed) {
-        offsets[0] = 0;
-        for (int64_t n = 0; n < documents; ++n) offsets[n + 1] = offsets[n] + static_cast<int32_t>(upto(0, longest));
-        tokens = offsets[documents] + upto(0, 3);
-        p.cu_seqlens = offsets.get();
-        p.packed_tokens = tokens;
-        p.max_length = coin() ? longest : 0;
-    } else {
-        p.document_length = longest;
-        p.document_stride = longest * row;
-        p.document_query_stride = p.candidates ? p.documents_per_query * longest * row : 0;
-        p.document_mask_stride = longest;
-        p.document_mask_query_stride = p.candidates ? p.documents_per_query * longest : 0;
+// A random problem less its documents' memory, and what it points into.
+struct Inputs {
+    Inputs() {
+        p.type = static_cast<Type>(upto(0, 2));
+        p.query_count = upto(1, 5);
+        p.query_length = upto(1, 40);
+        p.dimension = upto(1, 70);
+        p.documents_per_query = upto(1, 6);
+        p.candidates = coin();
+        longest = upto(1, coin() ? 60 : 300);
+        const int64_t documents = p.document_count();
+        tokens = documents * longest;
+        if (coin()) {
+            offsets = Buffer<int32_t>(documents + 1);
+            offsets[0] = 0;
+            for (int64_t n = 0; n < documents; ++n)
+                offsets[n + 1] = offsets[n] + static_cast<int32_t>(upto(0, longest));
+            tokens = offsets[documents] + upto(0, 3);
+            p.cu_seqlens = offsets.get();
+            p.packed_tokens = tokens;
+        } else {
+            p.document_length = longest;
+            p.document_mask_stride = longest;
+            p.document_mask_query_stride = p.candidates ? p.documents_per_query * longest : 0;
+        }
+        query_tokens = p.query_count * p.query_length;
+        pairs = p.query_count * p.documents_per_query;
+        // Rows may be farther apart than they are long; the last one ends the buffer.
+        p.query_token_stride = p.dimension + upto(0, 3);
+        p.query_stride = p.query_length * p.query_token_stride;
+        queries = Embeddings(p.type, (query_tokens - 1) * p.query_token_stride + p.dimension);
+        p.queries = queries.bytes.get();
+        query_mask = Buffer<uint8_t>(query_tokens);
+        document_mask = Buffer<uint8_t>(tokens);
+        for (int64_t i = 0; i < query_tokens; ++i) query_mask[i] = upto(0, 3) > 0;
+        for (int64_t i = 0; i < tokens; ++i) document_mask[i] = upto(0, 2) > 0;
+        if (coin()) p.query_mask = query_mask.get();
+        p.query_mask_stride = p.query_length;
+        p.query_mask_token_stride = 1;
+        if (coin()) p.document_mask = document_mask.get();
+        p.document_mask_token_stride = 1;
+        weights = Buffer<float>(query_tokens);
+        for (int64_t i = 0; i < query_tokens; ++i) weights[i] = small_number();
+        if (coin()) p.query_weights = weights.get();
+        p.query_weights_stride = p.query_length;
+        p.query_weights_token_stride = 1;
+        threads = some_threads(upto(1, 3));
     }
+
+    void place_documents(const void* memory, int64_t token_stride) {
+        p.documents = memory;
+        p.document_token_stride = token_stride;
+        if (p.packed()) return;
+        p.document_stride = longest * token_stride;
+        p.document_query_stride = p.candidates ? p.documents_per_query * p.document_stride : 0;
+    }
+
+    int64_t first_token(int64_t n) const { return p.packed() ? offsets[n] : n * longest; }
+    int64_t length(int64_t n) const { return p.packed() ? offsets[n + 1] - offsets[n] : longest; }
+    bool keeps(int64_t token) const { return p.document_mask == nullptr || document_mask[token]; }
+
+    Problem p;
+    cpu::Threads threads;
+    int64_t longest = 0, tokens = 0, query_tokens = 0, pairs = 0;
+    Buffer<int32_t> offsets{0};
+    Embeddings queries{Type::float32, 0};
+    Buffer<uint8_t> query_mask{0}, document_mask{0};
+    Buffer<float> weights{0};
+};
+
+void run(int64_t number) {
+    Inputs inputs;
+    Problem& p = inputs.p;
+    const int64_t tokens = inputs.tokens, longest = inputs.longest, query_tokens = inputs.query_tokens;
+    const int64_t pairs = inputs.pairs;
+    const bool packed = p.packed(), weighted = p.query_weights != nullptr, normalize = upto(0, 3) == 0;
+    const bool per_token = coin();
     if (tokens == 0) return;
-    const int64_t query_tokens = p.query_count * p.query_length, pairs = p.query_count * p.documents_per_query;
-    Embeddings queries(p.type, (query_tokens - 1) * row + p.dimension);
-    Embeddings texts(p.type, (tokens - 1) * row + p.dimension);
-    p.queries = queries.bytes.get();
-    p.query_stride = p.query_length * row;
-    p.query_token_stride = p.document_token_stride = row;
-    p.documents = texts.bytes.get();
-    Buffer<uint8_t> query_mask(query_tokens), document_mask(tokens);
-    for (int64_t i = 0; i < query_tokens; ++i) query_mask[i] = upto(0, 3) > 0;
-    for (int64_t i = 0; i < tokens; ++i) document_mask[i] = upto(0, 2) > 0;
-    if (coin()) p.query_mask = query_mask.get();
-    p.query_mask_stride = p.query_length;
-    p.query_mask_token_stride = 1;
-    if (coin()) p.document_mask = document_mask.get();
-    p.document_mask_token_stride = 1;
-    Buffer<float> weights(query_tokens);
-    for (int64_t i = 0; i < query_tokens; ++i) weights[i] = small_number();
-    if (weighted) p.query_weights = weights.get();
-    p.query_weights_stride = p.query_length;
-    p.query_weights_token_stride = 1;
+    if (packed) p.max_length = coin() ? longest : 0;
+    const int64_t row = p.query_token_stride, text_row = p.dimension + upto(0, 3);
+    Embeddings texts(p.type, (tokens - 1) * text_row + p.dimension);
+    inputs.place_documents(texts.bytes.get(), text_row);
 
     ForwardOutput out;
     const int64_t bound = packed ? 1 + (p.max_length ? std::min(p.max_length, tokens) : tokens) : longest;
@@ -188,8 +221,8 @@ void run(int64_t number) {
     out.normalize = normalize;
     out.query_scales = query_scales.get();
     out.document_scales = document_scales.get();
-    run_smooth(p, tokens, number);
-    const cpu::Threads threads = some_threads(upto(1, 3));
+    run_smooth(p, inputs.tokens, number);
+    const cpu::Threads& threads = inputs.threads;
     cpu::forward(p, out, threads);
     const bool asked = coin();
     if (asked) {  // the same without winners
@@ -222,23 +255,23 @@ void run(int64_t number) {
     for (int64_t i = 0; i < p.query_count; ++i) {
         for (int64_t j = 0; j < p.documents_per_query; ++j) {
             const int64_t n = (p.candidates ? i * p.documents_per_query : 0) + j, pair = i * p.documents_per_query + j;
-            const int64_t first = packed ? offsets[n] : n * longest, length = packed ? offsets[n + 1] - first : longest;
+            const int64_t first = inputs.first_token(n), length = inputs.length(n);
             double score = 0;
             for (int64_t r = 0; r < p.query_length; ++r) {
                 const int64_t own = i * p.query_length + r;
                 double best = -1e30, value = 0;
                 int64_t winner = -1;
-                const bool counts = p.query_mask == nullptr || query_mask[own];
+                const bool counts = p.query_mask == nullptr || inputs.query_mask[own];
                 for (int64_t t = 0; counts && t < length; ++t) {
-                    if (p.document_mask && !document_mask[first + t]) continue;
+                    if (!inputs.keeps(first + t)) continue;
                     double similarity = 0;
                     for (int64_t d = 0; d < p.dimension; ++d) {
                         similarity += as_float(p.type, p.queries, own * row + d) *
-                                      static_cast<double>(as_float(p.type, p.documents, (first + t) * row + d));
+                                      static_cast<double>(as_float(p.type, p.documents, (first + t) * text_row + d));
                     }
                     if (similarity > best) best = similarity, winner = t;
                 }
-                if (winner >= 0) value = best * (weighted ? weights[own] : 1.0f);
+                if (winner >= 0) value = best * (weighted ? inputs.weights[own] : 1.0f);
                 score += value;
                 if (per_token && scores[pair * p.query_length + r] != value) fail("maximum", number);
                 const int64_t at = pair * p.query_length + r;
@@ -247,10 +280,11 @@ void run(int64_t number) {
                                                           : reinterpret_cast<int32_t*>(winners.get())[at];
                 if (winner >= 0 ? found != winner : out.code.marked && found != out.code.none) fail("winner", number);
                 if (winner < 0) continue;
-                const double g = per_token ? grad[at] : grad[pair], factor = g * (weighted ? weights[own] : 1.0f);
+                const double g = per_token ? grad[at] : grad[pair],
+                             factor = g * (weighted ? inputs.weights[own] : 1.0f);
                 for (int64_t d = 0; d < p.dimension; ++d) {
                     want_queries[own * p.dimension + d] +=
-                        factor * as_float(p.type, p.documents, (first + winner) * row + d);
+                        factor * as_float(p.type, p.documents, (first + winner) * text_row + d);
                     want_documents[(first + winner) * p.dimension + d] +=
                         factor * as_float(p.type, p.queries, own * row + d);
                 }
@@ -270,11 +304,112 @@ void run(int64_t number) {
     compare(grad_documents, want_documents, "gradient of documents");
 }
 
+// e4m3 of a small number.
+uint8_t float8(float value) {
+    const uint8_t codes[] = {0x00, 0x38, 0x40, 0x44};
+    return static_cast<uint8_t>(codes[static_cast<int>(std::fabs(value))] | (value < 0 ? 0x80 : 0));
+}
+
+// Scores of decoded tokens [tokens, D] by the definition.
+void compare_scores(const Inputs& inputs, const std::vector<float>& decoded, const Buffer<float>& scores,
+                    int64_t number) {
+    const Problem& p = inputs.p;
+    for (int64_t i = 0; i < p.query_count; ++i) {
+        for (int64_t j = 0; j < p.documents_per_query; ++j) {
+            const int64_t n = (p.candidates ? i * p.documents_per_query : 0) + j, first = inputs.first_token(n);
+            double score = 0;
+            for (int64_t r = 0; r < p.query_length; ++r) {
+                const int64_t own = i * p.query_length + r;
+                if (p.query_mask && !inputs.query_mask[own]) continue;
+                double best = -1e30;
+                for (int64_t t = first; t < first + inputs.length(n); ++t) {
+                    double similarity = 0;
+                    for (int64_t d = 0; d < p.dimension; ++d) {
+                        similarity += static_cast<double>(decoded[t * p.dimension + d]) *
+                                      as_float(p.type, p.queries, own * p.query_token_stride + d);
+                    }
+                    if (inputs.keeps(t)) best = std::max(best, similarity);
+                }
+                if (best > -1e30) score += best * (p.query_weights ? inputs.weights[own] : 1.0f);
+            }
+            if (scores[i * p.documents_per_query + j] != score) fail("score of compressed documents", number);
+        }
+    }
+}
+
+void run_quantized(int64_t number) {
+    Inputs inputs;
+    const Problem& p = inputs.p;
+    if (inputs.tokens == 0) return;
+    const bool int8 = coin();
+    const int64_t row = p.dimension + upto(0, 3);
+    Buffer<uint8_t> values((inputs.tokens - 1) * row + p.dimension);
+    Buffer<float> scales(inputs.tokens), scores(inputs.pairs);
+    std::vector<float> decoded(inputs.tokens * p.dimension);
+    for (int64_t t = 0; t < inputs.tokens; ++t) {
+        scales[t] = static_cast<float>(upto(1, 4)) / 2;
+        for (int64_t d = 0; d < p.dimension; ++d) {
+            const float value = small_number();
+            values[t * row + d] = int8 ? static_cast<uint8_t>(static_cast<int>(value)) : float8(value);
+            decoded[t * p.dimension + d] = value * scales[t];
+        }
+    }
+    inputs.place_documents(values.get(), row);
+    const QuantizedDocuments documents{int8 ? ValueType::int8 : ValueType::float8_e4m3fn, scales.get()};
+    cpu::quantized_forward(p, documents, scores.get(), inputs.threads);
+    compare_scores(inputs, decoded, scores, number);
+}
+
+void run_residual(int64_t number) {
+    Inputs inputs;
+    Problem& p = inputs.p;
+    if (inputs.tokens == 0) return;
+    ResidualDocuments documents;
+    documents.bits = 1 << upto(0, 3);
+    const int64_t fields = 8 / documents.bits;
+    p.dimension = p.dimension / fields * fields;
+    if (p.dimension == 0) return;
+    const int64_t width = p.dimension / fields, row = width + upto(0, 3);
+    documents.centroid_type = static_cast<Type>(upto(0, 2));
+    documents.centroid_count = upto(1, 20);
+    documents.centroid_stride = p.dimension + upto(0, 3);
+    const Embeddings centroids(documents.centroid_type,
+                               (documents.centroid_count - 1) * documents.centroid_stride + p.dimension);
+    Buffer<float> weights(int64_t{1} << documents.bits), scores(inputs.pairs);
+    for (int64_t i = 0; i < weights.count; ++i) weights[i] = small_number();
+    Buffer<uint8_t> residuals((inputs.tokens - 1) * row + width);
+    for (int64_t i = 0; i < residuals.count; ++i) residuals[i] = static_cast<uint8_t>(upto(0, 255));
+    Buffer<int32_t> codes(inputs.tokens);
+    std::vector<float> decoded(inputs.tokens * p.dimension);
+    for (int64_t t = 0; t < inputs.tokens; ++t) {
+        codes[t] = static_cast<int32_t>(inputs.keeps(t) ? upto(0, documents.centroid_count - 1) : upto(-9, 1 << 30));
+        for (int64_t d = 0; inputs.keeps(t) && d < p.dimension; ++d) {
+            const int shift = static_cast<int>(8 - documents.bits * (d % fields + 1));
+            const int field = residuals[t * row + d / fields] >> shift & ((1 << documents.bits) - 1);
+            decoded[t * p.dimension + d] = weights[field] + as_float(documents.centroid_type, centroids.bytes.get(),
+                                                                     codes[t] * documents.centroid_stride + d);
+        }
+    }
+    documents.codes = codes.get();
+    documents.centroids = centroids.bytes.get();
+    documents.field_weights = weights.get();
+    documents.normalize = true;  // lengths are no small integers: the Python tests compare these
+    inputs.place_documents(residuals.get(), row);
+    cpu::residual_forward(p, documents, scores.get(), inputs.threads);
+    documents.normalize = false;
+    cpu::residual_forward(p, documents, scores.get(), inputs.threads);
+    compare_scores(inputs, decoded, scores, number);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     const int64_t problems = argc > 1 ? std::atoll(argv[1]) : 1000;
     generator.seed(argc > 2 ? std::atoi(argv[2]) : 0);
-    for (int64_t i = 0; i < problems; ++i) run(i);
+    for (int64_t i = 0; i < problems; ++i) {
+        run(i);
+        run_quantized(i);
+        run_residual(i);
+    }
     std::printf("%s: %lld problems\n", cpu::instruction_set(), static_cast<long long>(problems));
 }
