@@ -17,10 +17,17 @@
 
 namespace jmlr::maxsim {
 
-// kDimension: a block of the embedding, see forward_dimension. kFewRows: see forward_tiles.
-template <class Element, int kDimension, bool kFewRows>
+struct ForwardSizes {
+    static constexpr ForwardTiles tiles_of(int element_size, int dimension, bool few_rows) {
+        return forward_tiles(element_size, dimension, few_rows);
+    }
+};
+
+// kDimension: a block of the embedding, see forward_dimension. kFewRows: see forward_tiles. Sizes: of other kernels
+// that stream documents past query rows, and are derived from this one.
+template <class Element, int kDimension, bool kFewRows, class Sizes = ForwardSizes>
 struct Forward {
-    static constexpr ForwardTiles kTiles = forward_tiles(int(sizeof(Element)), kDimension, kFewRows);
+    static constexpr ForwardTiles kTiles = Sizes::tiles_of(int(sizeof(Element)), kDimension, kFewRows);
     static constexpr int kThreads = kTiles.threads();
     static constexpr int kMinBlocks = kTiles.min_blocks;
     static constexpr int kRows = kTiles.rows();
@@ -67,6 +74,10 @@ struct Forward {
         int64_t first_query;
         int chunk;  // of a query longer than a tile
     };
+
+    static JMLR_DEVICE RowTile row_tile(const Params& p, int64_t number) {
+        return {number, number / p.row_chunks * p.queries_per_tile, int(number % p.row_chunks)};
+    }
 
     struct Row {
         int64_t query;
@@ -170,7 +181,14 @@ struct Forward {
     // What a warp keeps in registers: its query rows, their similarities with a tile, their maxima so far.
     using QueryRows = typename F::A[kRowTiles][kTiles.registers ? kDepths : 1];
     using Similarities = float[kRowTiles][kColumnTiles][4];
-    using Maxima = Maximum[kRowTiles][2];
+    struct Maxima {
+        Maximum of[kRowTiles][2];
+
+        JMLR_DEVICE void clear() {
+            JMLR_UNROLL
+            for (int i = 0; i < kRowTiles * 2; ++i) of[i / 2][i % 2] = {-tiles::kInfinity, 0};
+        }
+    };
 
     static JMLR_DEVICE int first_row() { return tiles::warp() / kTiles.token_warps * kRowTiles * 16; }
     static JMLR_DEVICE int first_token() { return tiles::warp() % kTiles.token_warps * kTiles.tokens_per_warp(); }
@@ -209,6 +227,18 @@ struct Forward {
         }
     }
 
+    static JMLR_DEVICE void clear(Similarities& s) {
+        JMLR_UNROLL
+        for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i)
+            s[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = 0.0f;
+    }
+
+    static JMLR_DEVICE void absorb_tile(const Params& p, const Walk& walk, int stage, Similarities& s, Maxima& maxima) {
+        if (p.out.document_scales != nullptr) scale_columns(s, stage);
+        if (p.out.winners != nullptr) absorb<true>(s, maxima.of, walk.first + first_token());
+        else absorb<false>(s, maxima.of, 0);
+    }
+
     static JMLR_DEVICE void scale_columns(Similarities& s, int stage) {
         JMLR_UNROLL
         for (int n = 0; n < kColumnTiles; ++n) {
@@ -222,13 +252,13 @@ struct Forward {
     }
 
     // The four lanes of a row agree, and one of them writes the row's maximum for finish_document.
-    static JMLR_DEVICE void publish(const Maxima& maxima, int parity) {
+    static JMLR_DEVICE void publish(const Params&, const Maxima& maxima, int parity) {
         int base = (parity * kTiles.token_warps + tiles::warp() % kTiles.token_warps) * kRows + first_row();
         JMLR_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
             JMLR_UNROLL
             for (int half = 0; half < 2; ++half) {
-                Maximum best = row_maximum(maxima[m][half]);
+                Maximum best = row_maximum(maxima.of[m][half]);
                 if (tiles::lane() % 4 == 0) {
                     int row = base + m * 16 + tiles::accumulator_row(2 * half);
                     tiles::shared_memory<float>(kMaximaAt).write(row, best.value);
@@ -278,6 +308,15 @@ struct Forward {
             if (p.out.per_token) tiles::store(p.scores + entry, empty || too_long ? nobody : share_of(i, best.value));
         }
         if (p.out.per_token) return;
+        store_scores(p, tile, number, !empty && !too_long, nobody,
+                     [&](int row) { return share_of(row, maximum_of(row, parity).value); });
+    }
+
+    // A document's scores: sums of `share(row)` over a query's rows, or `nobody` where none `counts`.
+    template <class Share>
+    static JMLR_DEVICE void store_scores(const Params& p, const RowTile& tile, int64_t number, bool counts,
+                                         float nobody, Share share) {
+        const Problem& problem = p.problem;
         // Neighbouring lanes add a query's rows, then each other's sums.
         int lanes = p.lanes_per_query, per_round = kThreads / lanes;
         for (int first = 0; first < p.queries_per_tile; first += per_round) {
@@ -285,17 +324,15 @@ struct Forward {
             int64_t query = tile.first_query + segment;
             bool inside = segment < p.queries_per_tile && query < problem.query_count;
             float sum = 0.0f;
-            if (inside && !empty && !too_long) {
+            if (inside && counts) {
                 int begin = segment * p.query_length.divisor();
                 int end = tiles::smaller(begin + p.query_length.divisor() - tile.chunk * kRows, kRows);
-                for (int row = begin + tiles::thread_index() % lanes; row < end; row += lanes) {
-                    sum += share_of(row, maximum_of(row, parity).value);
-                }
+                for (int row = begin + tiles::thread_index() % lanes; row < end; row += lanes) sum += share(row);
             }
             for (int mask = 1; mask < lanes; mask *= 2) sum += tiles::shuffle_xor(sum, mask);
             if (inside && tiles::thread_index() % lanes == 0) {
                 int64_t pair = (tile.chunk * problem.query_count + query) * problem.documents_per_query + number;
-                tiles::store(p.scores + pair, empty || too_long ? nobody : sum);
+                tiles::store(p.scores + pair, counts ? sum : nobody);
             }
         }
     }
@@ -317,12 +354,12 @@ struct Forward {
         return row;
     }
 
-    static JMLR_DEVICE void run(const Params& p) {
-        // Neighbouring blocks share documents.
-        RowTile tile;
-        tile.number = tiles::block_index() % p.row_tiles;
-        tile.chunk = int(tile.number % p.row_chunks);
-        tile.first_query = tile.number / p.row_chunks * p.queries_per_tile;
+    static JMLR_DEVICE void run(const Params& p) { stream<Forward>(p); }
+
+    // Kernel: this one or a struct derived from it, with its own Maxima, absorb_tile, publish and finish_document.
+    template <class Kernel>
+    static JMLR_DEVICE void stream(const typename Kernel::Params& p) {
+        RowTile tile = row_tile(p, tiles::block_index() % p.row_tiles);  // neighbouring blocks share documents
         int64_t from = tiles::block_index() / p.row_tiles * p.documents_per_block;
         int64_t to = tiles::smaller(from + p.documents_per_block, p.problem.documents_per_query);
 
@@ -343,7 +380,7 @@ struct Forward {
         }
 
         Similarities s;
-        Maxima maxima;
+        typename Kernel::Maxima maxima;
         Document finished{};
         int64_t finished_number = -1;
         int stage = 0, parity = 0;
@@ -353,28 +390,19 @@ struct Forward {
             fill_stage(p, tile, filling, (stage + kStages - 1) % kStages);
             tiles::commit_copies();
             if (filling.inside()) filling.advance(p, tile);
-            if (finished_number >= 0) finish_document(p, tile, own, finished_number, finished, parity ^ 1);
+            if (finished_number >= 0) Kernel::finish_document(p, tile, own, finished_number, finished, parity ^ 1);
             finished_number = -1;
 
             if (!reading.empty()) {
                 if (reading.chunk == 0) {
-                    JMLR_UNROLL
-                    for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i)
-                        s[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = 0.0f;
-                    if (reading.first == 0) {
-                        JMLR_UNROLL
-                        for (int i = 0; i < kRowTiles * 2; ++i) maxima[i / 2][i % 2] = {-tiles::kInfinity, 0};
-                    }
+                    clear(s);
+                    if (reading.first == 0) maxima.clear();
                 }
                 multiply(s, rows, query_tile(stage, reading.chunk), text_tile(stage));
-                if (reading.ends_tile(p)) {
-                    if (p.out.document_scales != nullptr) scale_columns(s, stage);
-                    if (p.out.winners != nullptr) absorb<true>(s, maxima, reading.first + first_token());
-                    else absorb<false>(s, maxima, 0);
-                }
+                if (reading.ends_tile(p)) Kernel::absorb_tile(p, reading, stage, s, maxima);
             }
             if (reading.ends_document(p)) {
-                if (!reading.empty()) publish(maxima, parity);
+                if (!reading.empty()) Kernel::publish(p, maxima, parity);
                 finished = reading.document;
                 finished_number = reading.number;
                 parity ^= 1;
@@ -383,7 +411,7 @@ struct Forward {
         }
         tiles::wait_copies<0>();
         tiles::sync_block();
-        if (finished_number >= 0) finish_document(p, tile, own, finished_number, finished, parity ^ 1);
+        if (finished_number >= 0) Kernel::finish_document(p, tile, own, finished_number, finished, parity ^ 1);
     }
 };
 

@@ -53,6 +53,13 @@ JMLR_DEVICE Text<Element> text_of(const Problem& p, int64_t query, int64_t docum
     return {first, number * p.document_length, int(p.document_length)};
 }
 
+// The bytes of a document's mask, `place` being its text's.
+JMLR_DEVICE const uint8_t* document_mask_of(const Problem& p, int64_t query, int64_t document, int64_t place) {
+    if (p.cu_seqlens != nullptr) return p.document_mask + place * p.document_mask_token_stride;
+    return p.document_mask + (p.candidates ? query * p.document_mask_query_stride : 0) +
+           document * p.document_mask_stride;
+}
+
 // Tokens [outer, inner, length] of any strides, numbered in this order.
 template <class Element>
 struct TokenList {

@@ -62,16 +62,19 @@ void finish_rows(typename FinishRows<Element>::Params params, bool aligned, void
 }
 
 template <class Element>
+void zero_gradients(const Problem& p, const BackwardOutput& out, void* stream) {
+    int64_t rows = p.query_count * p.query_length;
+    zero(out.grad_queries, rows * p.dimension, int(sizeof(Element)), stream);
+    zero(out.grad_documents, document_token_count(p) * p.dimension, int(sizeof(Element)), stream);
+    if (out.grad_weights != nullptr) zero(out.grad_weights, rows, 4, stream);
+}
+
+template <class Element>
 void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
                  void* stream) {
     BackwardPlan plan = backward_plan(p, in, processors);
     int64_t rows = p.query_count * p.query_length;
-    if (rows == 0 || p.documents_per_query == 0) {
-        zero(out.grad_queries, rows * p.dimension, int(sizeof(Element)), stream);
-        zero(out.grad_documents, document_token_count(p) * p.dimension, int(sizeof(Element)), stream);
-        if (out.grad_weights != nullptr) zero(out.grad_weights, rows, 4, stream);
-        return;
-    }
+    if (rows == 0 || p.documents_per_query == 0) return zero_gradients<Element>(p, out, stream);
     constexpr int kBytes = FinishRows<Element>::kPerLane * int(sizeof(Element));
     int dimension = int(p.dimension);
     int32_t* kept_lengths = scratch_array<int32_t>(scratch, plan.kept_lengths);

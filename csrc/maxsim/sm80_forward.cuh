@@ -22,23 +22,30 @@ void all_norms(const Problem& p, const ForwardOutput& out, void* stream) {
                   stream);
 }
 
-template <class Kernel, class Element>
-void launch_forward(const Problem& p, const ForwardOutput& out, const ForwardPlan& plan, void* scratch, void* stream) {
+// What every kernel takes that owns query rows (DocumentStream).
+template <class Kernel, class Element, class Plan>
+typename Kernel::Params stream_params(const Problem& p, const Plan& plan, void* scratch) {
     typename Kernel::Params params{};
     params.problem = p;
-    params.out = out;
     params.kept = scratch_array<const int32_t>(scratch, plan.kept);
     params.kept_lengths = scratch_array<const int32_t>(scratch, plan.kept_lengths);
-    params.scores = plan.parts < 0 ? out.scores : scratch_array<float>(scratch, plan.parts);
     params.query_length = Divider(p.query_length);
     params.row_tiles = plan.row_tiles;
     params.row_chunks = plan.row_chunks;
     params.queries_per_tile = plan.queries_per_tile;
     params.documents_per_block = plan.documents_per_block;
-    params.lanes_per_query = plan.lanes_per_query;
     params.chunks = int(divided_up(p.dimension, Kernel::kTiles.chunk));
     params.whole_queries = queries_aligned<Element>(p, 16);
     params.whole_documents = documents_aligned<Element>(p, 16);
+    return params;
+}
+
+template <class Kernel, class Element>
+void launch_forward(const Problem& p, const ForwardOutput& out, const ForwardPlan& plan, void* scratch, void* stream) {
+    auto params = stream_params<Kernel, Element>(p, plan, scratch);
+    params.out = out;
+    params.scores = plan.parts < 0 ? out.scores : scratch_array<float>(scratch, plan.parts);
+    params.lanes_per_query = plan.lanes_per_query;
     int64_t runs = divided_up(p.documents_per_query, plan.documents_per_block);
     tiles::launch<Kernel>(params, plan.row_tiles * runs, Kernel::kSharedBytes, stream);
 }
