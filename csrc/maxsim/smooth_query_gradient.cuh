@@ -43,9 +43,9 @@ struct SmoothQueryGradient : Forward<Element, kDimension, false, SmoothQueryGrad
 
     using Sums = float[kRowTiles][kTiles.chunk / 8][4];
 
-    // A lane's rows, and what they are in one document. A row counts where its maximum is not minus infinity.
+    // What a lane's rows are in one document: a row counts where its maximum is not minus infinity. Which rows these
+    // are is computed anew where it matters, once a document, to spare registers.
     struct Rows {
-        Row row[kRowTiles][2];
         float maximum[kRowTiles][2], grad[kRowTiles][2];
         bool touched[kRowTiles][2];  // counted in some document
     };
@@ -64,10 +64,15 @@ struct SmoothQueryGradient : Forward<Element, kDimension, false, SmoothQueryGrad
         if (kWalk && !again) Stream::fill_queries(p, tile, Stream::query_tile(stage, 0), walk.chunk);
     }
 
-    static JMLR_DEVICE void enter_document(const Params& p, int64_t document, Rows& rows) {
+    static JMLR_DEVICE Row row_of_lane(const Params& p, const RowTile& tile, int first_row, int band, int half) {
+        return Stream::row_of(p, tile, first_row + band * 16 + tiles::accumulator_row(2 * half));
+    }
+
+    static JMLR_DEVICE void enter_document(const Params& p, const RowTile& tile, int first_row, int64_t document,
+                                           Rows& rows) {
         JMLR_UNROLL
         for (int i = 0; i < kRowTiles * 2; ++i) {
-            const Row& row = rows.row[i / 2][i % 2];
+            Row row = row_of_lane(p, tile, first_row, i / 2, i % 2);
             float& maximum = rows.maximum[i / 2][i % 2];
             int64_t pair = row.query * p.problem.documents_per_query + document;
             maximum = -tiles::kInfinity;
@@ -106,11 +111,7 @@ struct SmoothQueryGradient : Forward<Element, kDimension, false, SmoothQueryGrad
         bool works = Stream::row_of(p, tile, first_row).inside;  // the other warps only fill tiles
         Rows rows;
         JMLR_UNROLL
-        for (int i = 0; i < kRowTiles * 2; ++i) {
-            int row = first_row + i / 2 * 16 + tiles::accumulator_row(i % 2 * 2);
-            rows.row[i / 2][i % 2] = Stream::row_of(p, tile, row);
-            rows.touched[i / 2][i % 2] = false;
-        }
+        for (int i = 0; i < kRowTiles * 2; ++i) rows.touched[i / 2][i % 2] = false;
         if (!kWalk) Stream::fill_queries(p, tile, Stream::query_tile(0, 0), 0);
         Walk filling(p, tile, from, to), reading = filling;
         fill_stage(p, tile, output, filling, 0);
@@ -129,7 +130,7 @@ struct SmoothQueryGradient : Forward<Element, kDimension, false, SmoothQueryGrad
             if (reading.empty() || !works) continue;
             if (reading.chunk == 0) {
                 Stream::clear(s);
-                if (reading.first == 0) enter_document(p, reading.number, rows);
+                if (reading.first == 0) enter_document(p, tile, first_row, reading.number, rows);
             }
             if (!kWalk || !reading.ends_tile(p)) {
                 Stream::multiply(s, no_rows, Stream::query_tile(stage, 0), Stream::text_tile(stage));
@@ -140,14 +141,15 @@ struct SmoothQueryGradient : Forward<Element, kDimension, false, SmoothQueryGrad
             }
         }
         tiles::wait_copies<0>();
-        finish(p, output, split, rows, sums);
+        finish(p, tile, first_row, output, split, rows, sums);
     }
 
-    static JMLR_DEVICE void finish(const Params& p, int output, int64_t split, const Rows& rows, Sums& sums) {
+    static JMLR_DEVICE void finish(const Params& p, const RowTile& tile, int first_row, int output, int64_t split,
+                                   const Rows& rows, Sums& sums) {
         const Problem& problem = p.problem;
         JMLR_UNROLL
         for (int i = 0; i < kRowTiles * 2; ++i) {
-            const Row& row = rows.row[i / 2][i % 2];
+            Row row = row_of_lane(p, tile, first_row, i / 2, i % 2);
             // A row that never counted may have met NaN, times its zeros: zero it stays.
             bool touched = rows.touched[i / 2][i % 2];
             float weight = touched ? query_weight(problem, row.query, row.token) : 0.0f;
@@ -159,7 +161,7 @@ struct SmoothQueryGradient : Forward<Element, kDimension, false, SmoothQueryGrad
         }
         int first = output * kTiles.chunk, columns = int(problem.dimension);
         auto place = [&](int band, int half) {
-            const Row& row = rows.row[band][half];
+            Row row = row_of_lane(p, tile, first_row, band, half);
             return row.inside ? row.query * problem.query_length + row.token : -1;
         };
         if (p.parts != nullptr) {

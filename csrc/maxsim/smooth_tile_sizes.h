@@ -21,7 +21,7 @@ constexpr int smooth_gradient_chunk(int element_size, int dimension) {
 constexpr ForwardTiles smooth_query_gradient_tiles(int element_size, int dimension) {
     bool half = element_size == 2;
     int chunk = smooth_gradient_chunk(element_size, dimension), resident = dimension == kWalked ? 0 : 1;
-    return {4, 1, 1, half ? 64 : 16, chunk, resident, false, 2, 2, half ? 4 : 2};
+    return {4, 1, 1, half ? 64 : 16, chunk, resident, false, 2, 2, half ? 4 : 1};
 }
 
 // d(documents): tokens that a block owns, and query rows that stream past them.
@@ -33,7 +33,7 @@ struct SmoothDocumentTiles {
 
 constexpr SmoothDocumentTiles smooth_document_gradient_tiles(int element_size, int dimension) {
     bool half = element_size == 2;
-    return {64, half ? 32 : 16, smooth_gradient_chunk(element_size, dimension), half ? 4 : 2, 2};
+    return {64, half ? 32 : 16, smooth_gradient_chunk(element_size, dimension), half ? 4 : 1, 2};
 }
 
 }  // namespace jmlr::maxsim
