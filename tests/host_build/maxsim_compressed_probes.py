@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one_token": {"query_count": 1, "query_length": 1, "document_length": 1, "dimension": 8, "documents": 1},
     "resident_chunks": {"query_count": 3, "query_length": 30, "document_length": 70, "dimension": 200, "documents": 2},
     "resident_few_rows": {"query_length": 5, "document_length": 70, "dimension": 256, "documents": 2},
+    "long_wide_query": {"query_count": 2, "query_length": 150, "document_length": 20, "dimension": 136, "documents": 3},
     "walked": {"query_count": 3, "query_length": 30, "document_length": 70, "dimension": 304, "documents": 2},
     "walked_few_rows": {"query_count": 2, "query_length": 5, "document_length": 70, "dimension": 304, "documents": 2},
     "candidates": {"candidates": True, "query_length": 33, "document_length": 70, "dimension": 64, "documents": 2},
