@@ -52,7 +52,9 @@ def forward(
     scales = [poisoned(side.shape[:-1] if normalize else (0,), torch.float32) for side in (queries, documents)]
     scores = poisoned(sizes.winners_shape if per_token else sizes.winners_shape[:2], torch.float32)
     winners = poisoned(sizes.winners_shape if need_winners else (0,), code.dtype)
-    arguments = problem(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length)
+    arguments = problem(
+        queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length
+    )
     outputs = {
         "scores": scores,
         "winners": winners if need_winners else None,
@@ -83,7 +85,9 @@ def backward(
     grads = poisoned(queries.shape, queries.dtype), poisoned(documents.shape, documents.dtype)
     grad_weights = poisoned((0,) if query_weights is None else query_weights.shape, torch.float32)
     inputs = [tensor for tensor in unpack(rule, rule_tensors) if tensor is not None]
-    arguments = problem(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length)
+    arguments = problem(
+        queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length
+    )
     given = {
         "rule": rule,
         **dict(zip(ROLES[rule], inputs, strict=False)),

@@ -14,6 +14,7 @@ import maxsim_calls
 import torch
 from compressed_cases import check_scores
 from maxsim_cases import make_case
+from test_maxsim_residual import random_codec, random_codes
 from torch import Tensor
 
 from jmlr_kernels import ResidualCodec, maxsim_quantized, maxsim_residual, quantize_documents, residual_decompress
@@ -39,19 +40,6 @@ FORMATS = ["int8", "float8", "residual1", "residual2", "residual4", "residual8"]
 _STORED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 
 
-def random_codec(dimension: int, bits: int, dtype: torch.dtype = torch.float16, count: int = 11) -> ResidualCodec:
-    """Unit centroids; weights so large that every one shows."""
-    draw = torch.Generator().manual_seed(bits)
-    centroids = torch.nn.functional.normalize(torch.randn(count, dimension, generator=draw), dim=-1)
-    return ResidualCodec(centroids.to(dtype), 0.3 * torch.randn(2**bits, generator=draw))
-
-
-def random_codes(shape: tuple[int, ...], codec: ResidualCodec) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(codec.centroids.shape[0], shape, generator=draw, dtype=torch.int32)
-    return codes, torch.randint(256, (*shape, codec.dimension * codec.nbits // 8), generator=draw, dtype=torch.uint8)
-
-
 def close(
     dtype: torch.dtype, form: str, *, normalize: bool = True, table: torch.dtype = torch.float16, **sizes: Any
 ) -> None:
@@ -61,8 +49,11 @@ def close(
         values, scales = quantize_documents(case.documents, _STORED[form])
         decoded = values.double() * scales.double()[..., None]
         check_scores(
-            case, decoded, dtype, lambda queries, **rest: maxsim_quantized(queries, values, scales, backend="triton", **rest)
-        )  # fmt: skip
+            case,
+            decoded,
+            dtype,
+            lambda queries, **rest: maxsim_quantized(queries, values, scales, backend="triton", **rest),
+        )
         return
     codec = random_codec(case.documents.shape[-1], int(form[-1]), table)
     codes, residuals = random_codes(tuple(case.documents.shape[:-1]), codec)
