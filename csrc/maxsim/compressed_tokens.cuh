@@ -8,7 +8,6 @@ namespace jmlr::maxsim {
 
 // int8 or float8 with a float scale per token. Every value is exact in every element type; the scale multiplies the
 // similarity.
-template <class Element>
 struct QuantizedTokens {
     using Stored = uint8_t;
     struct Params {
@@ -62,7 +61,6 @@ private:
 
 // A centroid plus a weight per element, at unit length if asked for. A stage holds which tokens they are; their bytes
 // and centroids go from global memory through registers into the tile. Eight lanes share a token.
-template <class Element>
 struct ResidualTokens {
     using Stored = uint8_t;
     struct Params {

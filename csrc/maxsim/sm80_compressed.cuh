@@ -16,7 +16,7 @@ inline ForwardOutput scores_alone(float* scores) {
 template <class Element>
 void quantized_forward_of(const Problem& p, const QuantizedDocuments& documents, float* scores, void* scratch,
                           int processors, void* stream) {
-    score<Element, QuantizedTokens<Element>>(p, scores_alone(scores), {documents}, scratch, processors, stream);
+    score<Element, QuantizedTokens>(p, scores_alone(scores), {documents}, scratch, processors, stream);
 }
 
 template <class Element>
@@ -26,8 +26,8 @@ void residual_forward_of(const Problem& p, const ResidualDocuments& documents, f
     bool whole_residuals = p.dimension % 8 == 0 && documents_aligned<uint8_t>(p, documents.bits);
     bool whole_centroids = unit == 2 ? rows_aligned<uint16_t>(documents.centroids, {documents.centroid_stride}, 16)
                                      : rows_aligned<float>(documents.centroids, {documents.centroid_stride}, 16);
-    score<Element, ResidualTokens<Element>>(p, scores_alone(scores), {documents, whole_residuals, whole_centroids},
-                                            scratch, processors, stream);
+    score<Element, ResidualTokens>(p, scores_alone(scores), {documents, whole_residuals, whole_centroids}, scratch,
+                                   processors, stream);
 }
 
 }  // namespace jmlr::maxsim::sm80

@@ -52,7 +52,7 @@ constexpr ForwardTiles compressed_tiles(int element_size, int dimension, bool fe
     bool half = element_size == 2, walked = dimension == kWalked;
     int chunk = !half || walked || dimension == 64 ? 64 : 128;
     int resident = walked ? 0 : dimension / chunk;
-    if (few_rows) return {1, 4, 2, 64, chunk, resident, false, half ? 3 : 2, half ? 4 : 3, half ? 4 : 1};
+    if (few_rows) return {1, 4, 2, 64, chunk, resident, false, 2, half ? 4 : 3, half ? 4 : 1};
     if (half && resident == 1) return {4, 1, 2, 64, chunk, resident, true, 2, 2, chunk / 16};
     return {half && walked ? 8 : 4, 1, 1, 64, chunk, resident, false, 2, 2, half ? 4 : 1};
 }
