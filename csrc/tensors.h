@@ -52,12 +52,16 @@ inline const char* name_of(ScalarType type) {
             return "bool";
         case ScalarType::Byte:
             return "uint8";
+        case ScalarType::Char:
+            return "int8";
         case ScalarType::UInt16:
             return "uint16";
         case ScalarType::Int:
             return "int32";
         case ScalarType::Long:
             return "int64";
+        case ScalarType::Float8_e4m3fn:
+            return "float8_e4m3fn";
         default:
             return "a dtype that these operations do not have";
     }

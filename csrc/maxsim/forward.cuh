@@ -12,22 +12,18 @@
 #include "../tiles/fragments.h"
 #include "../tiles/launch.h"
 #include "row_maxima.cuh"
-#include "rows.cuh"
-#include "tile_sizes.h"
+#include "tokens.cuh"
 
 namespace jmlr::maxsim {
 
-struct ForwardSizes {
-    static constexpr ForwardTiles tiles_of(int element_size, int dimension, bool few_rows) {
-        return forward_tiles(element_size, dimension, few_rows);
-    }
-};
-
-// kDimension: a block of the embedding, see forward_dimension. kFewRows: see forward_tiles. Sizes: of other kernels
-// that stream documents past query rows, and are derived from this one.
-template <class Element, int kDimension, bool kFewRows, class Sizes = ForwardSizes>
+// Element: of the queries and of the products. kDimension: a block of the embedding, see forward_dimension. kFewRows:
+// see forward_tiles. Tokens: see tokens.cuh. Other kernels that stream documents past query rows are derived from
+// this one.
+template <class Element, int kDimension, bool kFewRows, class Tokens = PlainTokens<Element>>
 struct Forward {
-    static constexpr ForwardTiles kTiles = Sizes::tiles_of(int(sizeof(Element)), kDimension, kFewRows);
+    using Stored = typename Tokens::Stored;
+    using TokenParams = typename Tokens::Params;
+    static constexpr ForwardTiles kTiles = Tokens::tiles_of(int(sizeof(Element)), kDimension, kFewRows);
     static constexpr int kThreads = kTiles.threads();
     static constexpr int kMinBlocks = kTiles.min_blocks;
     static constexpr int kRows = kTiles.rows();
@@ -56,12 +52,16 @@ struct Forward {
         int lanes_per_query;                  // that add a query's rows: a power of two
         int chunks;                           // of the embedding
         bool whole_queries, whole_documents;  // rows start at multiples of 16 bytes
+        TokenParams tokens;
     };
 
     // Shared memory, in bytes.
-    static constexpr int kStageBytes = TextTile::kBytes + (kWalk ? QueryTile::kBytes : 0);
+    static constexpr int kTokenBytes = Tokens::template kStageBytes<TextTile>;
+    static constexpr int kStageBytes = kTokenBytes + (kWalk ? QueryTile::kBytes : 0);
     static constexpr int kStagesAt = kTiles.resident * QueryTile::kBytes;
-    static constexpr int kTextScalesAt = kStagesAt + kStages * kStageBytes;           // [stages][tokens]
+    static constexpr int kTextAt = kStagesAt + kStages * kStageBytes;  // the decoded tile
+    static constexpr int kOwnAt = kTextAt + (Tokens::kDecoded ? TextTile::kBytes : 0);
+    static constexpr int kTextScalesAt = kOwnAt + Tokens::template kOwnBytes<TextTile>;  // [stages][tokens]
     static constexpr int kMaximaAt = kTextScalesAt + kStages * kTokens * 4;           // [2][token warps][rows], values
     static constexpr int kPlacesAt = kMaximaAt + 2 * kTiles.token_warps * kRows * 4;  // the same, positions
     static constexpr int kRowScalesAt = kPlacesAt + 2 * kTiles.token_warps * kRows * 4;
@@ -95,13 +95,13 @@ struct Forward {
 
     // A document as the tile of queries meets it; with candidates a tile holds one query.
     struct Document {
-        Text<Element> text;
+        Text<Stored> text;
         int length;  // of the kept tokens
         const int32_t* kept;
     };
 
     static JMLR_DEVICE Document document_of(const Params& p, const RowTile& tile, int64_t number) {
-        Document d{text_of<Element>(p.problem, tile.first_query, number), 0, nullptr};
+        Document d{text_of<Stored>(p.problem, tile.first_query, number), 0, nullptr};
         d.length = d.text.length;
         if (p.kept != nullptr) {
             d.kept = p.kept + d.text.place;
@@ -145,9 +145,10 @@ struct Forward {
         }
     };
 
-    static JMLR_DEVICE TextTile text_tile(int stage) { return TextTile(kStagesAt + stage * kStageBytes); }
+    static JMLR_DEVICE int stage_at(int stage) { return kStagesAt + stage * kStageBytes; }
+    static JMLR_DEVICE TextTile text_tile(int stage) { return TextTile(Tokens::kDecoded ? kTextAt : stage_at(stage)); }
     static JMLR_DEVICE QueryTile query_tile(int stage, int chunk) {
-        return QueryTile(kWalk ? kStagesAt + stage * kStageBytes + TextTile::kBytes : chunk * QueryTile::kBytes);
+        return QueryTile(kWalk ? stage_at(stage) + kTokenBytes : chunk * QueryTile::kBytes);
     }
     static JMLR_DEVICE tiles::Shared<float> text_scales(int stage) {
         return tiles::shared_memory<float>(kTextScalesAt) + stage * kTokens;
@@ -166,15 +167,25 @@ struct Forward {
     static JMLR_DEVICE void fill_stage(const Params& p, const RowTile& tile, const Walk& walk, int stage) {
         if (!walk.inside() || walk.empty()) return;
         const Document& d = walk.document;
-        int first = walk.chunk * kTiles.chunk;
         auto position = [&](int i) { return position_of(d, tiles::smaller(walk.first + i, d.length - 1)); };
-        text_tile(stage).template fill<kThreads>(
-            [&](int i) { return d.text.first + position(i) * p.problem.document_token_stride + first; },
-            int(p.problem.dimension) - first, p.whole_documents);
+        Tokens::template fetch<TextTile, kThreads>(stage_at(stage), p.problem, p.tokens, d.text, position,
+                                                   walk.chunk * kTiles.chunk, p.whole_documents);
         if (kWalk) fill_queries(p, tile, query_tile(stage, 0), walk.chunk);
-        if (p.out.document_scales != nullptr && walk.ends_tile(p) && tiles::thread_index() < kTokens) {
+        const float* scales = token_scales(p);
+        if (scales != nullptr && walk.ends_tile(p) && tiles::thread_index() < kTokens) {
             int i = tiles::thread_index();
-            text_scales(stage).write(i, tiles::load(p.out.document_scales + d.text.place + position(i)));
+            text_scales(stage).write(i, tiles::load(scales + d.text.place + position(i)));
+        }
+    }
+
+    static JMLR_DEVICE const float* token_scales(const Params& p) { return Tokens::scales(p.tokens, p.out); }
+
+    static JMLR_DEVICE void decode_stage(const Params& p, const Walk& walk, int stage) {
+        if constexpr (Tokens::kDecoded) {
+            if (walk.empty()) return;
+            Tokens::template decode<kThreads>(text_tile(stage), stage_at(stage), kOwnAt, p.problem, p.tokens,
+                                              walk.document.text, walk.chunk * kTiles.chunk);
+            tiles::sync_block();
         }
     }
 
@@ -234,8 +245,8 @@ struct Forward {
     }
 
     static JMLR_DEVICE void absorb_tile(const Params& p, const Walk& walk, int stage, Similarities& s, Maxima& maxima) {
-        if (p.out.document_scales != nullptr) scale_columns(s, stage);
-        if (p.out.winners != nullptr) absorb<true>(s, maxima.of, walk.first + first_token());
+        if (token_scales(p) != nullptr) scale_columns(s, stage);
+        if (Tokens::kWinners && p.out.winners != nullptr) absorb<true>(s, maxima.of, walk.first + first_token());
         else absorb<false>(s, maxima.of, 0);
     }
 
@@ -297,7 +308,7 @@ struct Forward {
         bool too_long = problem.cu_seqlens != nullptr && problem.max_length > 0 && d.text.length > problem.max_length;
         float nobody = too_long ? tiles::bit_cast<float>(0x7fc00000u) : 0.0f;
         int i = tiles::thread_index();
-        if (i < kRows && own.inside && (p.out.winners != nullptr || p.out.per_token)) {
+        if (Tokens::kWinners && i < kRows && own.inside && (p.out.winners != nullptr || p.out.per_token)) {
             Maximum best = empty ? Maximum{0.0f, 0} : maximum_of(i, parity);
             int64_t entry = (own.query * problem.documents_per_query + number) * problem.query_length + own.token;
             if (p.out.winners != nullptr) {
@@ -307,7 +318,7 @@ struct Forward {
             }
             if (p.out.per_token) tiles::store(p.scores + entry, empty || too_long ? nobody : share_of(i, best.value));
         }
-        if (p.out.per_token) return;
+        if (Tokens::kWinners && p.out.per_token) return;
         store_scores(p, tile, number, !empty && !too_long, nobody,
                      [&](int row) { return share_of(row, maximum_of(row, parity).value); });
     }
@@ -364,6 +375,7 @@ struct Forward {
         int64_t to = tiles::smaller(from + p.documents_per_block, p.problem.documents_per_query);
 
         Row own = prepare_row(p, tile);
+        if constexpr (Tokens::kDecoded) Tokens::template prepare<kThreads>(kOwnAt, p.tokens);
         for (int chunk = 0; chunk < kTiles.resident; ++chunk) fill_queries(p, tile, query_tile(0, chunk), chunk);
         Walk filling(p, tile, from, to), reading = filling;
         JMLR_UNROLL
@@ -392,6 +404,7 @@ struct Forward {
             if (filling.inside()) filling.advance(p, tile);
             if (finished_number >= 0) Kernel::finish_document(p, tile, own, finished_number, finished, parity ^ 1);
             finished_number = -1;
+            decode_stage(p, reading, stage);
 
             if (!reading.empty()) {
                 if (reading.chunk == 0) {

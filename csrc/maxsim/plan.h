@@ -82,14 +82,16 @@ inline int64_t documents_per_block(int64_t documents, int64_t row_tiles, int64_t
     return best;
 }
 
-inline ForwardPlan forward_plan(const Problem& p, const ForwardOutput& out, int processors) {
+// `tiles_of`: forward_tiles, or the like for other documents.
+template <class TilesOf>
+ForwardPlan forward_plan(const Problem& p, const ForwardOutput& out, int processors, TilesOf tiles_of) {
     check_sizes(p);
     ForwardPlan plan;
     plan.dimension_block = forward_dimension(p.dimension);
     int64_t sharing = p.query_length * (p.candidates ? 1 : p.query_count);
-    ForwardTiles tiles = forward_tiles(element_size(p.type), plan.dimension_block, false);
+    ForwardTiles tiles = tiles_of(element_size(p.type), plan.dimension_block, false);
     plan.few_rows = 2 * sharing <= tiles.rows();
-    if (plan.few_rows) tiles = forward_tiles(element_size(p.type), plan.dimension_block, true);
+    if (plan.few_rows) tiles = tiles_of(element_size(p.type), plan.dimension_block, true);
     int64_t rows = tiles.rows();
     if (p.query_length == 0 || p.query_count == 0 || p.documents_per_query == 0) return plan;
     static_cast<RowLayout&>(plan) = row_layout(p, rows);

@@ -12,15 +12,17 @@
 
 namespace jmlr::maxsim {
 
-struct SmoothQueryGradientSizes {
+// The tokens of a document with the tiles of this kernel.
+template <class Element>
+struct SmoothQueryGradientTokens : PlainTokens<Element> {
     static constexpr ForwardTiles tiles_of(int element_size, int dimension, bool) {
         return smooth_query_gradient_tiles(element_size, dimension);
     }
 };
 
 template <class Element, int kDimension>
-struct SmoothQueryGradient : Forward<Element, kDimension, false, SmoothQueryGradientSizes> {
-    using Stream = Forward<Element, kDimension, false, SmoothQueryGradientSizes>;
+struct SmoothQueryGradient : Forward<Element, kDimension, false, SmoothQueryGradientTokens<Element>> {
+    using Stream = Forward<Element, kDimension, false, SmoothQueryGradientTokens<Element>>;
     using Stream::kTiles, Stream::kThreads, Stream::kWalk, Stream::kRowTiles, Stream::kColumnTiles;
     using typename Stream::Document;
     using typename Stream::QueryRows;

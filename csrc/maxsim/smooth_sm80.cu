@@ -13,7 +13,7 @@ void weight_gradient(const Problem& p, const SmoothBackwardInput& in, float* gra
 }
 
 int64_t smooth_forward_scratch_bytes(const Problem& p, int processors) {
-    return forward_plan(p, {}, processors).scratch_bytes;
+    return forward_plan(p, {}, processors, forward_tiles).scratch_bytes;
 }
 
 void smooth_forward(const Problem& p, const SmoothForwardOutput& out, void* scratch, int processors, void* stream) {

@@ -46,7 +46,7 @@ void launch_smooth_forward(const Problem& p, const SmoothForwardOutput& out, con
 
 template <class Element>
 void smooth_forward_of(const Problem& p, const SmoothForwardOutput& out, void* scratch, int processors, void* stream) {
-    ForwardPlan plan = forward_plan(p, {}, processors);
+    ForwardPlan plan = forward_plan(p, {}, processors, forward_tiles);
     int64_t pairs = p.query_count * p.documents_per_query;
     if (plan.row_tiles == 0) return zero(out.scores, pairs, 4, stream);
     find_kept_tokens_of(p, plan, scratch, stream);

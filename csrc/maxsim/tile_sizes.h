@@ -46,6 +46,17 @@ constexpr ForwardTiles forward_tiles(int element_size, int dimension, bool few_r
     return {4, 1, 1, 64, chunk, resident, false, 2, 2, unrolled};
 }
 
+// The same for compressed documents, which have a decoded tile beside the stages. All of it fits the 99 KB of a block
+// on consumer GPUs. Few rows leave little to multiply: registers go to the blocks that hide the latency instead.
+constexpr ForwardTiles compressed_tiles(int element_size, int dimension, bool few_rows) {
+    bool half = element_size == 2, walked = dimension == kWalked;
+    int chunk = !half || walked || dimension == 64 ? 64 : 128;
+    int resident = walked ? 0 : dimension / chunk;
+    if (few_rows) return {1, 4, 2, 64, chunk, resident, false, 2, half ? 4 : 3, half ? 4 : 1};
+    if (half && resident == 1) return {4, 1, 2, 64, chunk, resident, true, 2, 2, chunk / 16};
+    return {half && walked ? 8 : 4, 1, 1, 64, chunk, resident, false, 2, 2, half ? 4 : 1};
+}
+
 // Columns of the embedding that a warp of the backward kernels holds, a few in each lane; longer embeddings are cut.
 constexpr int gradient_dimension(int64_t dimension) { return dimension <= 64 ? 64 : 128; }
 

@@ -32,12 +32,19 @@ struct Checked {
     OptionalTensor query_mask, document_mask, query_weights, cu_seqlens;
 };
 
-inline Checked check_problem(const Tensor& queries, const Tensor& documents, const OptionalTensor& query_mask,
-                             const OptionalTensor& document_mask, const OptionalTensor& query_weights,
-                             const OptionalTensor& cu_seqlens, bool candidates, int64_t max_length) {
+// The elements that `tensor` holds for each token.
+inline void check_width(const char* name, const Tensor& tensor, int64_t width) {
+    const int64_t found = tensor.size(tensor.dim() - 1);
+    check(found == width, name, " must have ", width, " elements in their last dimension, but have ", found);
+}
+
+// Everything but the documents' dtype and width; `name` is what the operation calls them.
+inline Checked check_layout(const char* name, const Tensor& queries, const Tensor& documents,
+                            const OptionalTensor& query_mask, const OptionalTensor& document_mask,
+                            const OptionalTensor& query_weights, const OptionalTensor& cu_seqlens, bool candidates,
+                            int64_t max_length) {
     check_dim("queries", queries, 3);
-    check_dim("documents", documents, cu_seqlens ? 2 : candidates ? 4 : 3);
-    check_dtype("documents", documents, queries.scalar_type());
+    check_dim(name, documents, cu_seqlens ? 2 : candidates ? 4 : 3);
     Checked checked{{}, with_unit_stride(queries), with_unit_stride(documents), query_mask, document_mask, {}, {}};
     Problem& p = checked.problem;
     const Tensor &q = checked.queries, &d = checked.documents;
@@ -52,7 +59,6 @@ inline Checked check_problem(const Tensor& queries, const Tensor& documents, con
     p.query_token_stride = q.stride(1);
     p.documents = d.const_data_ptr();
     const int64_t last = d.dim() - 1;
-    check(d.size(last) == p.dimension, "documents have D=", d.size(last), " and queries D=", p.dimension);
     p.document_token_stride = d.stride(last - 1);
     if (cu_seqlens) {
         check_dim("cu_seqlens", *cu_seqlens, 1);
@@ -66,7 +72,7 @@ inline Checked check_problem(const Tensor& queries, const Tensor& documents, con
         check(p.documents_per_query * owners == count, "cu_seqlens holds ", count, " documents, which ", p.query_count,
               " queries cannot share evenly");
     } else {
-        check(!candidates || d.size(0) == p.query_count, "documents holds candidates for ", d.size(0),
+        check(!candidates || d.size(0) == p.query_count, name, " holds candidates for ", d.size(0),
               " queries, but there are ", p.query_count);
         p.documents_per_query = d.size(last - 2);
         p.document_length = d.size(last - 1);
@@ -102,13 +108,24 @@ inline Checked check_problem(const Tensor& queries, const Tensor& documents, con
         p.query_weights_stride = checked.query_weights->stride(0);
         p.query_weights_token_stride = checked.query_weights->stride(1);
     }
-    for (const auto& [name, tensor] : {std::pair<const char*, OptionalTensor>{"documents", documents},
-                                       {"query_mask", query_mask},
-                                       {"document_mask", document_mask},
-                                       {"query_weights", query_weights},
-                                       {"cu_seqlens", cu_seqlens}}) {
-        if (tensor) check_device(name, *tensor, queries);
+    for (const auto& [other, tensor] : {std::pair<const char*, OptionalTensor>{name, documents},
+                                        {"query_mask", query_mask},
+                                        {"document_mask", document_mask},
+                                        {"query_weights", query_weights},
+                                        {"cu_seqlens", cu_seqlens}}) {
+        if (tensor) check_device(other, *tensor, queries);
     }
+    return checked;
+}
+
+inline Checked check_problem(const Tensor& queries, const Tensor& documents, const OptionalTensor& query_mask,
+                             const OptionalTensor& document_mask, const OptionalTensor& query_weights,
+                             const OptionalTensor& cu_seqlens, bool candidates, int64_t max_length) {
+    check_dtype("documents", documents, queries.scalar_type());
+    Checked checked = check_layout("documents", queries, documents, query_mask, document_mask, query_weights,
+                                   cu_seqlens, candidates, max_length);
+    const int64_t width = documents.size(documents.dim() - 1), dimension = checked.problem.dimension;
+    check(width == dimension, "documents have D=", width, " and queries D=", dimension);
     return checked;
 }
 
