@@ -4,6 +4,8 @@ Every output is filled with NaN first, so that what no kernel writes shows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -13,6 +15,17 @@ from jmlr_kernels.shifted_attention.function import lse_like
 
 # Another build of the kernels than load() gives, for seeded bugs.
 kernels: ModuleType | None = None
+
+
+@contextmanager
+def device(number: int = 0, kilobytes: int = 163) -> Iterator[ModuleType]:
+    """Within it, kernels run on a GPU of this number, whose blocks may have so much shared memory."""
+    module = kernels or load()
+    module.set_device(number, kilobytes * 1024)
+    try:
+        yield module
+    finally:
+        module.set_device()
 
 
 def poisoned(like):

@@ -66,8 +66,10 @@ LAYOUTS = {
 }
 
 
-def layout(name, dtype, boundary):
+def layout(name, dtype, boundary, wide=None):
+    """`wide`: other columns of a head than the layout's."""
     lead, heads, kv_heads, dim, group_size, lengths = LAYOUTS[name]
+    dim = wide or dim
     options = {key: int32(*values) for key, values in lengths.items()}
     tensors = make_inputs(lead, heads, kv_heads, dim, dtype)
     for x in tensors:  # padding may hold anything
@@ -88,8 +90,10 @@ def layout(name, dtype, boundary):
 # --------------------------------------------------------------------------- corners, each for one dtype
 
 
-def widths(dtype, dim):
-    close(make_inputs((1, 140), 2, 1, dim, dtype), 100)
+def widths(dtype, dim, kilobytes=163):
+    """With `kilobytes` of shared memory for a block, by which the tiles are chosen."""
+    with attention_calls.device(kilobytes=kilobytes):
+        close(make_inputs((1, 140), 2, 1, dim, dtype), 100)
 
 
 def a_token_alone(dtype):
