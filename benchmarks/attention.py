@@ -77,9 +77,10 @@ def executed_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype
 
 
 def _library_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+    from jmlr_kernels import native
     from jmlr_kernels.shifted_attention import executed
 
-    shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    shared_bytes = native.shared_memory(device)
     return executed.library_flops(case.lengths(), case.group_size, case.heads, case.dim, dtype, shared_bytes)
 
 

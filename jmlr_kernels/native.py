@@ -113,7 +113,7 @@ def _gpu_problem(found: Library, device: torch.device) -> str | None:
             f"the native library is built with CUDA {found.cuda_version}, and the driver supports CUDA"
             f" {driver // 1000}.{driver % 1000 // 10}; update the driver, or build with an older toolkit"
         )
-    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_MEMORY)
+    shared = shared_memory(device)
     if shared < SHARED_MEMORY:
         return (
             f"the native CUDA kernels need {SHARED_MEMORY // 1024} KB of shared memory a block, as GPUs of compute"
@@ -126,6 +126,12 @@ def _gpu_problem(found: Library, device: torch.device) -> str | None:
             f" sm_{capability[0]}{capability[1]}; build it with JMLR_CUDA_ARCHS={capability[0]}{capability[1]}"
         )
     return None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for on a GPU, by which the library chooses tile sizes."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def runs_on(target: str, capability: tuple[int, int]) -> bool:

@@ -33,7 +33,7 @@ _CLASSES = ("small", "large")  # as csrc/tiles/platform.h declares them
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel needs: 32-bit registers of a thread, bytes of stack and of shared memory, static and asked for."""
+    """What one kernel needs: 32-bit registers of a thread, bytes of stack and of shared memory of either kind."""
 
     architecture: str
     name: str

@@ -25,11 +25,18 @@ inline constexpr int kSharedBytesOf<Kernel, std::void_t<decltype(Kernel::kShared
 
 namespace tiles {
 
-// The shared memory is a part of the name, where tools/resources.py reads it.
+// What the chip has that the code is compiled for.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr SharedMemory kSharedOfTarget = SharedMemory::small;
+#else
+constexpr SharedMemory kSharedOfTarget = SharedMemory::large;
+#endif
+
+// The shared memory is a part of the name, where tools/resources.py reads it. What could not start is left empty.
 template <class Kernel, int kSharedBytes>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     kernel_entry(const __grid_constant__ typename Kernel::Params params) {
-    Kernel::run(params);
+    if constexpr (kSharedBytes <= bytes_of(kSharedOfTarget)) Kernel::run(params);
 }
 
 inline void check_cuda(cudaError_t error, const char* what) {

@@ -62,8 +62,7 @@ def library_flops(
     """FLOPs of the native library's CUDA kernels, by name, for arguments as :func:`executed_flops` takes them.
 
     Args:
-        shared_bytes: what a block may ask for on the GPU (``torch.cuda.get_device_properties(device)
-            .shared_memory_per_block_optin``), by which the library chooses its tiles.
+        shared_bytes: what a block may ask for on the GPU (``native.shared_memory``).
 
     Warps that share rows compute the scores once each. A product of float32, which the tensor cores make of three of
     TF32, counts once.
