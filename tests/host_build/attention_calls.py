@@ -4,10 +4,9 @@ Every output is filled with NaN first, so that what no kernel writes shows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 
+import host_module
 import torch
 from host_module import load
 
@@ -17,15 +16,9 @@ from jmlr_kernels.shifted_attention.function import lse_like
 kernels: ModuleType | None = None
 
 
-@contextmanager
-def device(number: int = 0, kilobytes: int = 163) -> Iterator[ModuleType]:
-    """Within it, kernels run on a GPU of this number, whose blocks may have so much shared memory."""
-    module = kernels or load()
-    module.set_device(number, kilobytes * 1024)
-    try:
-        yield module
-    finally:
-        module.set_device()
+def device(number=0, kilobytes=163):
+    """As ``host_module.device``, of the build in use."""
+    return host_module.device(kernels or load(), number, kilobytes)
 
 
 def poisoned(like):

@@ -244,6 +244,15 @@ def far_rows(dtype):
         same(attention_calls.results(*apart, 2, **options), attention_calls.results(*tensors, 2, **options))
 
 
+def several_devices(dtype):
+    """What a launch must ask of a device it asks of each."""
+    tensors = make_inputs((1, 8), 2, 1, 256, dtype)
+    truth = attention_calls.results(*tensors, 4)
+    for number in (1, 0, 2):
+        with attention_calls.device(number):
+            same(attention_calls.results(*tensors, 4), truth)
+
+
 _CORNERS = (a_token_alone, scales, large_scores, log_sums, causality, strides, narrow_heads, gradient_of_a_sum)
-_CORNERS += (order_of_blocks, long_groups, long_lengths, far_rows)
+_CORNERS += (order_of_blocks, long_groups, long_lengths, far_rows, several_devices)
 PROBES = {probe.__name__.replace("_", " "): probe for probe in _CORNERS}
