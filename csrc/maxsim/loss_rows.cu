@@ -62,8 +62,6 @@ struct LossRowsKernel {
 
 }  // namespace
 
-void loss_rows(const LossRows& rows, void* stream) {
-    tiles::launch<LossRowsKernel>(rows, rows.query_count, LossRowsKernel::kSharedBytes, stream);
-}
+void loss_rows(const LossRows& rows, void* stream) { tiles::launch<LossRowsKernel>(rows, rows.query_count, stream); }
 
 }  // namespace jmlr::maxsim::sm80

@@ -11,7 +11,7 @@ template <class Element>
 void inverse_norms(const TokenList<Element>& tokens, int64_t dimension, bool whole, float* scales, void* stream) {
     using Kernel = InverseNorms<Element>;
     int64_t blocks = divided_up(tokens.count(), Kernel::kThreads / tiles::kWarp);
-    tiles::launch<Kernel>({tokens, int(dimension), whole, scales}, blocks, 0, stream);
+    tiles::launch<Kernel>({tokens, int(dimension), whole, scales}, blocks, stream);
 }
 
 template <class Element>
@@ -40,7 +40,7 @@ void launch_forward(const Problem& p, const ForwardOutput& out, const ForwardPla
     params.whole_queries = queries_aligned<Element>(p, 16);
     params.whole_documents = documents_aligned<Element>(p, 16);
     int64_t runs = divided_up(p.documents_per_query, plan.documents_per_block);
-    tiles::launch<Kernel>(params, plan.row_tiles * runs, Kernel::kSharedBytes, stream);
+    tiles::launch<Kernel>(params, plan.row_tiles * runs, stream);
 }
 
 template <class Element, int kDimension>

@@ -124,11 +124,4 @@ void launch(const typename Kernel::Params& params, int64_t blocks, void* stream)
     start<Kernel>(params, blocks, stream);
 }
 
-// As above; `shared_bytes` is the kernel's own number.
-template <class Kernel>
-void launch(const typename Kernel::Params& params, int64_t blocks, int shared_bytes, void* stream) {
-    if (shared_bytes != kSharedBytesOf<Kernel>) throw std::logic_error("a kernel names its shared memory kSharedBytes");
-    launch<Kernel>(params, blocks, stream);
-}
-
 }  // namespace tiles

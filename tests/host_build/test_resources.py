@@ -15,7 +15,7 @@ SOURCE = """
 struct Kernel : host_build::Product<tiles::BFloat16, false> {{
     static constexpr int kMinBlocks = {blocks};
 }};
-void start(const Kernel::Params& params) {{ tiles::launch<Kernel>(params, 1, Kernel::kSharedBytes, nullptr); }}
+void start(const Kernel::Params& params) {{ tiles::launch<Kernel>(params, 1, nullptr); }}
 """
 LISTING = """
 Fatbin elf code:
