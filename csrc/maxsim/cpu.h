@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "loss_rows.h"
 #include "problem.h"
 
 namespace jmlr::maxsim::cpu {
@@ -20,6 +21,9 @@ struct Threads {
 // Both throw std::runtime_error, with one sentence, for input whose values do not fit, and std::bad_alloc.
 void forward(const Problem& problem, const ForwardOutput& output, const Threads& threads);
 void backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output, const Threads& threads);
+
+// Throws nothing: all sizes are good.
+void loss_rows(const LossRows& rows, const Threads& threads);
 
 // "portable", "avx2", "avx512" or "avx512bf16". Throws where JMLR_CPU_ISA asks for what cannot run.
 const char* instruction_set();

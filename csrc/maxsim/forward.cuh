@@ -68,6 +68,7 @@ struct Forward {
     static constexpr int kRowWeightsAt = kRowScalesAt + kRows * 4;
     static constexpr int kRowCountsAt = kRowWeightsAt + kRows * 4;
     static constexpr int kSharedBytes = kRowCountsAt + kRows * 4;
+    static_assert(kSharedBytes <= bytes_of(tiles::SharedMemory::small));
 
     struct RowTile {
         int64_t number;  // among all row tiles

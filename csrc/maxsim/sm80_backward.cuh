@@ -28,7 +28,7 @@ void launch_query_gradient(const Problem& p, const BackwardInput& in, const Back
     params.whole_queries =
         fills && queries_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_queries, {}, kBytes);
     int64_t warps = p.query_count * p.query_length * plan.chunks * plan.splits;
-    tiles::launch<Kernel>(params, divided_up(warps, Kernel::kThreads / tiles::kWarp), 0, stream);
+    tiles::launch<Kernel>(params, divided_up(warps, Kernel::kThreads / tiles::kWarp), stream);
 }
 
 template <class Element, int kDimension>
@@ -49,7 +49,7 @@ void launch_document_gradient(const Problem& p, const BackwardInput& in, const B
     params.whole_queries = fills && queries_aligned<Element>(p, kBytes);
     params.whole =
         fills && documents_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_documents, {}, kBytes);
-    tiles::launch<Kernel>(params, p.document_count() * plan.token_tiles * plan.chunks, Kernel::kSharedBytes, stream);
+    tiles::launch<Kernel>(params, p.document_count() * plan.token_tiles * plan.chunks, stream);
 }
 
 template <class Element>
@@ -58,7 +58,7 @@ void finish_rows(typename FinishRows<Element>::Params params, bool aligned, void
     constexpr int kBytes = Kernel::kPerLane * int(sizeof(Element));
     params.whole = aligned && params.dimension % Kernel::kPerLane == 0 && rows_aligned<Element>(params.out, {}, kBytes);
     int64_t blocks = divided_up(params.tokens.count(), Kernel::kThreads / tiles::kWarp);
-    tiles::launch<Kernel>(params, blocks, 0, stream);
+    tiles::launch<Kernel>(params, blocks, stream);
 }
 
 template <class Element>

@@ -11,7 +11,7 @@ template <class Element>
 void inverse_norms(const TokenList<Element>& tokens, int64_t dimension, bool whole, float* scales, void* stream) {
     using Kernel = InverseNorms<Element>;
     int64_t blocks = divided_up(tokens.count(), Kernel::kThreads / tiles::kWarp);
-    tiles::launch<Kernel>({tokens, int(dimension), whole, scales}, blocks, 0, stream);
+    tiles::launch<Kernel>({tokens, int(dimension), whole, scales}, blocks, stream);
 }
 
 template <class Element>
@@ -49,7 +49,7 @@ void launch_forward(const Problem& p, const ForwardOutput& out, const typename K
     params.scores = plan.parts < 0 ? out.scores : scratch_array<float>(scratch, plan.parts);
     params.lanes_per_query = plan.lanes_per_query;
     int64_t runs = divided_up(p.documents_per_query, plan.documents_per_block);
-    tiles::launch<Kernel>(params, plan.row_tiles * runs, Kernel::kSharedBytes, stream);
+    tiles::launch<Kernel>(params, plan.row_tiles * runs, stream);
 }
 
 template <class Element, class Tokens, int kDimension>

@@ -47,6 +47,7 @@ struct SmoothDocumentGradient {
     static constexpr int kMaximaAt = kStagesAt + 2 * kStageBytes;        // [buffers][rows]
     static constexpr int kFactorsAt = kMaximaAt + kBuffers * kRows * 4;  // the same: gradient times weight
     static constexpr int kSharedBytes = kFactorsAt + kBuffers * kRows * 4;
+    static_assert(kSharedBytes <= bytes_of(tiles::SharedMemory::small));
 
     static JMLR_DEVICE QueryTile query_tile(int stage) { return QueryTile(kStagesAt + stage * kStageBytes); }
     static JMLR_DEVICE TextTile text_tile(int stage) {

@@ -31,6 +31,7 @@ struct SmoothQueryGradient : Forward<Element, kDimension, false, SmoothQueryGrad
     using typename Stream::Similarities;
     using typename Stream::Walk;
     static constexpr int kSharedBytes = Stream::kTextScalesAt;
+    static_assert(kSharedBytes <= bytes_of(tiles::SharedMemory::small));
     static_assert(kTiles.stages == 2 && kTiles.token_warps == 1 && !kTiles.registers);
 
     // `chunks` of the stream counts one more where the embedding is walked: the tokens' columns of the block's output.

@@ -9,7 +9,7 @@ void weight_gradient(const Problem& p, const SmoothBackwardInput& in, float* gra
     using Kernel = SmoothWeightGradient;
     int64_t blocks = p.query_count * divided_up(p.query_length, tiles::kWarp);
     tiles::launch<Kernel>({in.grad_scores, in.maxima, grad_weights, p.query_length, p.documents_per_query}, blocks,
-                          Kernel::kSharedBytes, stream);
+                          stream);
 }
 
 int64_t smooth_forward_scratch_bytes(const Problem& p, int processors) {

@@ -32,7 +32,7 @@ void launch_smooth_forward(const Problem& p, const SmoothForwardOutput& out, con
     params.exponent_scale = exponent_scale(out.temperature);
     params.log_scale = log_scale(out.temperature);
     int64_t runs = divided_up(p.documents_per_query, plan.documents_per_block);
-    tiles::launch<Kernel>(params, plan.row_tiles * runs, Kernel::kSharedBytes, stream);
+    tiles::launch<Kernel>(params, plan.row_tiles * runs, stream);
 }
 
 template <class Element, int kDimension>
@@ -81,7 +81,7 @@ void launch_smooth_query_gradient(const Problem& p, const SmoothBackwardInput& i
     params.exponent_scale = exponent_scale(in.temperature);
     params.pairs =
         p.dimension % 2 == 0 && (plan.parts >= 0 || rows_aligned<Element>(out.grad_queries, {}, 2 * sizeof(Element)));
-    tiles::launch<Kernel>(params, plan.row_tiles * plan.outputs * plan.splits, Kernel::kSharedBytes, stream);
+    tiles::launch<Kernel>(params, plan.row_tiles * plan.outputs * plan.splits, stream);
 }
 
 template <class Element, int kDimension>
@@ -100,7 +100,7 @@ void launch_smooth_document_gradient(const Problem& p, const SmoothBackwardInput
     params.whole_queries = queries_aligned<Element>(p, 16);
     params.whole_documents = documents_aligned<Element>(p, 16);
     params.pairs = p.dimension % 2 == 0 && rows_aligned<Element>(out.grad_documents, {}, 2 * sizeof(Element));
-    tiles::launch<Kernel>(params, p.document_count() * plan.token_tiles * plan.outputs, Kernel::kSharedBytes, stream);
+    tiles::launch<Kernel>(params, p.document_count() * plan.token_tiles * plan.outputs, stream);
 }
 
 template <class Element, int kDimension>

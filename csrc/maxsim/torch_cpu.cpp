@@ -39,6 +39,11 @@ std::tuple<Tensor, Tensor, Tensor> maxsim_backward(std::vector<Tensor> rule_tens
                          cu_seqlens, query_scales, document_scales, rule, candidates, max_length);
 }
 
+Tensor maxsim_loss_rows(Tensor scores, OptionalTensor target, Tensor temperatures, std::string rule) {
+    const auto run = [](const LossRows& rows) { cpu::loss_rows(rows, torch_threads()); };
+    return loss_rows_with(run, scores, target, temperatures, rule);
+}
+
 std::string cpu_instructions() { return cpu::instruction_set(); }
 
 }  // namespace
@@ -47,6 +52,7 @@ std::string cpu_instructions() { return cpu::instruction_set(); }
 STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CPU, library) {
     library.impl("maxsim_forward", TORCH_BOX(&jmlr::maxsim::maxsim_forward));
     library.impl("maxsim_backward", TORCH_BOX(&jmlr::maxsim::maxsim_backward));
+    library.impl("maxsim_loss_rows", TORCH_BOX(&jmlr::maxsim::maxsim_loss_rows));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CompositeExplicitAutograd, library) {

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from host_module import load
+from host_module import device, load
 
 from jmlr_kernels import ops
 from jmlr_kernels.maxsim.gradient_rule import unpack
@@ -104,19 +104,28 @@ def backward(
     return *grads, grad_weights.to(queries.dtype if query_weights is None else query_weights.dtype)
 
 
-_IMPLEMENTATIONS = {"maxsim_forward": forward, "maxsim_backward": backward}
+def loss_rows(scores, target, temperatures, rule):
+    """Statistics [Nq, 6]: as ``triton_losses.loss_rows``."""
+    statistics = poisoned((scores.shape[0], 6), torch.float32)
+    target = None if target is None else target.contiguous()
+    (kernels or load()).maxsim_loss_rows(rule, scores.contiguous(), target, temperatures, statistics, seed)
+    return statistics
+
+
+_IMPLEMENTATIONS = {"maxsim_forward": forward, "maxsim_backward": backward, "maxsim_loss_rows": loss_rows}
 
 
 @contextmanager
 def in_place_of_triton(monkeypatch, implementations=_IMPLEMENTATIONS):
-    """Within it, ``backend="triton"`` of MaxSim's public functions runs the emulated CUDA kernels, bfloat16 too."""
+    """Within it, ``backend="triton"`` of MaxSim's public functions runs the emulated CUDA kernels, bfloat16 too, on a GPU
+    with the least shared memory that one may have: MaxSim's tiles are the same everywhere."""
     original, original_why = ops._implementation, ops._why_not
 
     def replaced(name: str, backend: str) -> Any:  # in front of the cache, which outlives this
         own = implementations.get(name) if backend == "triton" else None
         return own or original(name, backend)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, device(kernels or load(), kilobytes=99):
         patch.setattr(ops, "_implementation", replaced)
         patch.setattr(
             ops, "_why_not", lambda backend, *rest: None if backend == "triton" else original_why(backend, *rest)
