@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import mutations_maxsim
 import torch
 from mutate import first_failure, read_mutations, try_all
 
 DTYPE = torch.float16
-SOURCES = ["emulator.cpp", "maxsim_sm80.cpp", "maxsim_smooth_half.cpp", "maxsim_smooth_module.cpp"]
-SOURCES += ["maxsim_smooth_sm80.cpp"]
+SOURCES = [name for name in mutations_maxsim.SOURCES if not name.startswith("maxsim_")] + ["maxsim_sm80.cpp"]
+SOURCES += ["maxsim_smooth_half.cpp", "maxsim_smooth_module.cpp", "maxsim_smooth_sm80.cpp"]
 _HARD = (
     "void forward_{0}(const Problem&, const ForwardOutput&, void*, int, void*)",
     "void backward_{0}(const Problem&, const BackwardInput&, const BackwardOutput&, void*, int, void*)",
@@ -29,18 +30,11 @@ _SMOOTH = (
 _LEFT_OUT = [signature.format(name) for signature in _HARD for name in ("float", "half", "bfloat16")]
 _LEFT_OUT += [signature.format(name) for signature in _SMOOTH for name in ("float", "bfloat16")]
 # The module's entry, and what is left out: the other element types, and the hard maximum.
+_ENTRY = mutations_maxsim.EXTRA["only_maxsim.cpp"].partition("namespace jmlr")[0]
 EXTRA = {
-    "only_maxsim_smooth.cpp": """
-#include <pybind11/pybind11.h>
-#include "../../csrc/maxsim/smooth_sm80.h"
-#include "emulator.h"
-namespace host_build { void bind_maxsim_smooth(pybind11::module_& module); }
-PYBIND11_MODULE(jmlr_host_build, module) {
-    pybind11::register_exception<emulator::Violation>(module, "Violation");
-    host_build::bind_maxsim_smooth(module);
-}
-namespace jmlr::maxsim::sm80 {
-"""
+    "only_smooth.cpp": '#include "../../csrc/maxsim/smooth_sm80.h"\n'
+    + _ENTRY.replace("bind_maxsim", "bind_maxsim_smooth")
+    + "namespace jmlr::maxsim::sm80 {\n"
     + "\n".join(signature + " { std::abort(); }" for signature in _LEFT_OUT)
     + "\n}\n",
 }
