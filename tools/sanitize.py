@@ -81,7 +81,7 @@ def workload(device: str, backend: str) -> int:
             mask = (torch.rand(7, 130, generator=generator) < 0.7).to(device)
             for layout in ({"document_mask": mask}, {"cu_seqlens": offsets(100, 0, 810)}):
                 text = documents.flatten(0, 1) if "cu_seqlens" in layout else documents
-                scores = jmlr_kernels.maxsim_smooth(queries, text, temperature=0.5, backend=backend, **layout)
+                scores = jmlr_kernels.maxsim_smooth(queries, text, temperature=0.5, backend=backend, **layout)  # type: ignore[arg-type]
                 torch.autograd.grad(scores.square().sum(), (queries, documents))
                 count += 1
     if device == "cuda":
