@@ -129,6 +129,20 @@ def infinities(dtype: torch.dtype) -> None:
         assert gradient.flatten().tolist() == [0.0] * 69 + [float(count)]
 
 
+def overflow(dtype: torch.dtype) -> None:
+    """Finite embeddings whose similarities are all minus infinity have no share in the gradients, and send no NaN."""
+    if dtype != torch.float32:  # products of float16 fit float32, and emulated tensor cores cut instead of overflowing
+        return
+    queries = torch.full((2, 20, 16), 1e30, dtype=dtype)
+    documents = torch.full((2, 70, 16), -1e30, dtype=dtype)
+    documents[1] = 1e-30 * _random((70, 16), dtype).abs()
+    scores, grad_queries, grad_documents = _step(queries, documents)
+    alone = _step(queries, documents[1:])
+    assert (scores[:, 0] == -torch.inf).all() and torch.equal(scores[:, 1:], alone[0])
+    assert torch.equal(grad_queries, alone[1]) and torch.equal(grad_documents[1:], alone[2])
+    assert (grad_documents[0] == 0).all() and (grad_queries > 0).all()
+
+
 def not_a_number(dtype: torch.dtype) -> None:
     """NaN of a kept token reaches score and gradients, behind an infinity too; other documents stay clean."""
     for count in (1, 30):
@@ -304,6 +318,7 @@ PROBES: dict[str, Callable[[torch.dtype], None]] = {
         temperatures,
         large_similarities,
         infinities,
+        overflow,
         not_a_number,
         excluded_anything,
         excluded_beside_nan,
