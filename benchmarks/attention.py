@@ -62,11 +62,29 @@ def exact(case: AttentionCase, tensors: list[torch.Tensor], grad: torch.Tensor) 
 
 
 def executed_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> dict[str, int] | None:
-    """FLOPs that our Triton kernels execute, by direction; None where something else runs."""
+    """FLOPs that our CUDA or Triton kernels execute, by direction; None where plain torch runs."""
     from jmlr_kernels.ops import resolve_backend
 
-    if resolve_backend("auto", torch.empty(0, dtype=dtype, device=device), "shifted_attention_forward") != "triton":
+    backend = resolve_backend("auto", torch.empty(0, dtype=dtype, device=device), "shifted_attention_forward")
+    if backend == "cuda":
+        found = _library_flops(case, device, dtype)
+    elif backend == "triton":
+        found = _triton_flops(case, device, dtype)
+    else:
         return None
+    forward, backward = found["forward"], found["backward_dq"] + found["backward_dkdv"]
+    return {FORWARD: forward, BACKWARD: backward, STEP: forward + backward}
+
+
+def _library_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+    from jmlr_kernels import native
+    from jmlr_kernels.shifted_attention import executed
+
+    shared_bytes = native.shared_memory(device)
+    return executed.library_flops(case.lengths(), case.group_size, case.heads, case.dim, dtype, shared_bytes)
+
+
+def _triton_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
     from jmlr_kernels.shifted_attention import config, executed, triton_common
 
     capability = triton_common.capability_of(torch.empty(0, device=device))
@@ -79,8 +97,7 @@ def executed_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype
             name, case.lengths(), case.group_size, case.heads, dim, tiles.block_m, tiles.block_n
         )
 
-    forward, backward = launch("forward"), launch("backward_dq") + launch("backward_dkdv")
-    return {FORWARD: forward, BACKWARD: backward, STEP: forward + backward}
+    return {kernel: launch(kernel) for kernel in ("forward", "backward_dq", "backward_dkdv")}
 
 
 def candidates(case: AttentionCase, device: torch.device, compiled: int) -> dict[str, Candidate]:

@@ -20,8 +20,8 @@ import torch
 NAMESPACE = "jmlr_native"
 OLDEST_TORCH = (2, 10)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# What tile sizes are chosen for (csrc/*/tile_sizes.h, tests/host_build/emulator.h): compute capability 8.0.
-SHARED_MEMORY = 163 * 1024
+# The least that tile sizes are chosen for (SharedMemory of csrc/tiles/platform.h): compute capability 8.6.
+SHARED_MEMORY = 99 * 1024
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ def _gpu_problem(found: Library, device: torch.device) -> str | None:
             f"the native library is built with CUDA {found.cuda_version}, and the driver supports CUDA"
             f" {driver // 1000}.{driver % 1000 // 10}; update the driver, or build with an older toolkit"
         )
-    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", SHARED_MEMORY)
+    shared = shared_memory(device)
     if shared < SHARED_MEMORY:
         return (
-            f"the native CUDA kernels need {SHARED_MEMORY // 1024} KB of shared memory a block, as data-centre GPUs"
-            f" have, and this GPU has {shared // 1024}; use backend='triton'"
+            f"the native CUDA kernels need {SHARED_MEMORY // 1024} KB of shared memory a block, as GPUs of compute"
+            f" capability 8.0 and later have, and this GPU has {shared // 1024}; use backend='triton'"
         )
     capability = torch.cuda.get_device_capability(device)
     if not any(runs_on(target, capability) for target in found.cuda_targets):
@@ -126,6 +126,12 @@ def _gpu_problem(found: Library, device: torch.device) -> str | None:
             f" sm_{capability[0]}{capability[1]}; build it with JMLR_CUDA_ARCHS={capability[0]}{capability[1]}"
         )
     return None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for on a GPU, by which the library chooses tile sizes."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def runs_on(target: str, capability: tuple[int, int]) -> bool:

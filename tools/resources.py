@@ -3,8 +3,9 @@
     python -m tools.resources [jmlr_kernels/_C.so | wheel | object file] [--out table.json]
 
 A kernel with a stack frame spills registers or indexes an array by a number that the compiler does not know: both go
-to memory, at a price that no timing on another machine shows. The last line is the verdict; exit code 1 when a kernel
-has a stack, 2 when there is nothing to read.
+to memory, at a price that no timing on another machine shows. Names say for which class of devices a kernel's tiles
+are chosen (SharedMemory of csrc/tiles/platform.h). The last line is the verdict; exit code 1 when a kernel has a stack,
+2 when there is nothing to read.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 DEFAULT = Path(__file__).resolve().parents[1] / "jmlr_kernels" / "_C.so"
 _ARCHITECTURE = re.compile(r"^arch = (sm_\w+)", re.MULTILINE)
 _FUNCTION = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-# tiles::kernel_entry<...>, and the namespaces inside, say nothing that the reader does not know.
-_NOISE = re.compile(r"^void tiles::kernel_entry<(.*?) ?>\(.*\)$")
+# tiles::kernel_entry<kernel, bytes>: the second is the shared memory that the kernel is launched with.
+_ENTRY = re.compile(r"^void tiles::kernel_entry<(.*), (\d+)>\(.*\)$")
+_CLASS = re.compile(r"\(tiles::SharedMemory\)(\d)")
+_CLASSES = ("small", "large")  # as csrc/tiles/platform.h declares them
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel needs: 32-bit registers of a thread, bytes of stack and of static shared memory."""
+    """What one kernel needs: 32-bit registers of a thread, bytes of stack and of shared memory of either kind."""
 
     architecture: str
     name: str
@@ -43,7 +46,16 @@ def _demangle(names: list[str]) -> list[str]:
     if shutil.which("c++filt") is None:
         return names
     run = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return [_NOISE.sub(r"\1", name) for name in run.stdout.splitlines()]
+    return run.stdout.splitlines()
+
+
+def _named(kernel: Kernel, name: str) -> Kernel:
+    """The kernel under its demangled name, less what says nothing that the reader does not know."""
+    entry = _ENTRY.match(name)
+    if entry is None:
+        return replace(kernel, name=name)
+    short = _CLASS.sub(lambda number: _CLASSES[int(number[1])], entry[1])
+    return replace(kernel, name=short, shared=kernel.shared + int(entry[2]))
 
 
 def parse(listing: str) -> list[Kernel]:
@@ -54,9 +66,7 @@ def parse(listing: str) -> list[Kernel]:
         for name, registers, stack, shared, local in _FUNCTION.findall(text):
             kernels.append(Kernel(architecture, name, int(registers), int(stack) + int(local), int(shared)))
     names = _demangle([kernel.name for kernel in kernels])
-    return [
-        Kernel(k.architecture, name, k.registers, k.stack, k.shared) for k, name in zip(kernels, names, strict=True)
-    ]
+    return [_named(kernel, name) for kernel, name in zip(kernels, names, strict=True)]
 
 
 def read(path: Path) -> list[Kernel]:

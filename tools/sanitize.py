@@ -76,6 +76,14 @@ def workload(device: str, backend: str) -> int:
             scores = jmlr_kernels.maxsim_candidates(queries, candidates, backend=maxsim_backend)
             torch.autograd.grad(scores.square().sum(), (queries, candidates))
             count += 2
+        for dim in (20, 128, 150):
+            queries, documents = random(5, 33, dim, dtype=dtype), random(7, 130, dim, dtype=dtype)
+            mask = (torch.rand(7, 130, generator=generator) < 0.7).to(device)
+            for layout in ({"document_mask": mask}, {"cu_seqlens": offsets(100, 0, 810)}):
+                text = documents.flatten(0, 1) if "cu_seqlens" in layout else documents
+                scores = jmlr_kernels.maxsim_smooth(queries, text, temperature=0.5, backend=backend, **layout)  # type: ignore[arg-type]
+                torch.autograd.grad(scores.square().sum(), (queries, documents))
+                count += 1
     if device == "cuda":
         torch.cuda.synchronize()
     return count

@@ -56,6 +56,7 @@ struct DocumentGradient {
     static constexpr int kCountsAt = kSortedAt + kScan * 4;                   // [warps][tokens], then where they start
     static constexpr int kTotalsAt = kCountsAt + kWarps * kTokens * 4;        // [tokens], then their sum
     static constexpr int kSharedBytes = kTotalsAt + (kTokens + 1) * 4;
+    static_assert(kSharedBytes <= bytes_of(tiles::SharedMemory::small));
 
     static JMLR_DEVICE tiles::Shared<float> sums() { return tiles::shared_memory<float>(kSumsAt); }
     static JMLR_DEVICE tiles::Shared<float> head(int warp) {

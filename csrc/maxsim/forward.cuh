@@ -12,15 +12,18 @@
 #include "../tiles/fragments.h"
 #include "../tiles/launch.h"
 #include "row_maxima.cuh"
-#include "rows.cuh"
-#include "tile_sizes.h"
+#include "tokens.cuh"
 
 namespace jmlr::maxsim {
 
-// kDimension: a block of the embedding, see forward_dimension. kFewRows: see forward_tiles.
-template <class Element, int kDimension, bool kFewRows>
+// Element: of the queries and of the products. kDimension: a block of the embedding, see forward_dimension. kFewRows:
+// see forward_tiles. Tokens: see tokens.cuh. Other kernels that stream documents past query rows are derived from
+// this one.
+template <class Element, int kDimension, bool kFewRows, class Tokens = PlainTokens<Element>>
 struct Forward {
-    static constexpr ForwardTiles kTiles = forward_tiles(int(sizeof(Element)), kDimension, kFewRows);
+    using Stored = typename Tokens::Stored;
+    using TokenParams = typename Tokens::Params;
+    static constexpr ForwardTiles kTiles = Tokens::tiles_of(int(sizeof(Element)), kDimension, kFewRows);
     static constexpr int kThreads = kTiles.threads();
     static constexpr int kMinBlocks = kTiles.min_blocks;
     static constexpr int kRows = kTiles.rows();
@@ -49,24 +52,33 @@ struct Forward {
         int lanes_per_query;                  // that add a query's rows: a power of two
         int chunks;                           // of the embedding
         bool whole_queries, whole_documents;  // rows start at multiples of 16 bytes
+        TokenParams tokens;
     };
 
     // Shared memory, in bytes.
-    static constexpr int kStageBytes = TextTile::kBytes + (kWalk ? QueryTile::kBytes : 0);
+    static constexpr int kTokenBytes = Tokens::template kStageBytes<TextTile>;
+    static constexpr int kStageBytes = kTokenBytes + (kWalk ? QueryTile::kBytes : 0);
     static constexpr int kStagesAt = kTiles.resident * QueryTile::kBytes;
-    static constexpr int kTextScalesAt = kStagesAt + kStages * kStageBytes;           // [stages][tokens]
+    static constexpr int kTextAt = kStagesAt + kStages * kStageBytes;  // the decoded tile
+    static constexpr int kOwnAt = kTextAt + (Tokens::kDecoded ? TextTile::kBytes : 0);
+    static constexpr int kTextScalesAt = kOwnAt + Tokens::template kOwnBytes<TextTile>;  // [stages][tokens]
     static constexpr int kMaximaAt = kTextScalesAt + kStages * kTokens * 4;           // [2][token warps][rows], values
     static constexpr int kPlacesAt = kMaximaAt + 2 * kTiles.token_warps * kRows * 4;  // the same, positions
     static constexpr int kRowScalesAt = kPlacesAt + 2 * kTiles.token_warps * kRows * 4;
     static constexpr int kRowWeightsAt = kRowScalesAt + kRows * 4;
     static constexpr int kRowCountsAt = kRowWeightsAt + kRows * 4;
     static constexpr int kSharedBytes = kRowCountsAt + kRows * 4;
+    static_assert(kSharedBytes <= bytes_of(tiles::SharedMemory::small));
 
     struct RowTile {
         int64_t number;  // among all row tiles
         int64_t first_query;
         int chunk;  // of a query longer than a tile
     };
+
+    static JMLR_DEVICE RowTile row_tile(const Params& p, int64_t number) {
+        return {number, number / p.row_chunks * p.queries_per_tile, int(number % p.row_chunks)};
+    }
 
     struct Row {
         int64_t query;
@@ -84,13 +96,13 @@ struct Forward {
 
     // A document as the tile of queries meets it; with candidates a tile holds one query.
     struct Document {
-        Text<Element> text;
+        Text<Stored> text;
         int length;  // of the kept tokens
         const int32_t* kept;
     };
 
     static JMLR_DEVICE Document document_of(const Params& p, const RowTile& tile, int64_t number) {
-        Document d{text_of<Element>(p.problem, tile.first_query, number), 0, nullptr};
+        Document d{text_of<Stored>(p.problem, tile.first_query, number), 0, nullptr};
         d.length = d.text.length;
         if (p.kept != nullptr) {
             d.kept = p.kept + d.text.place;
@@ -134,9 +146,10 @@ struct Forward {
         }
     };
 
-    static JMLR_DEVICE TextTile text_tile(int stage) { return TextTile(kStagesAt + stage * kStageBytes); }
+    static JMLR_DEVICE int stage_at(int stage) { return kStagesAt + stage * kStageBytes; }
+    static JMLR_DEVICE TextTile text_tile(int stage) { return TextTile(Tokens::kDecoded ? kTextAt : stage_at(stage)); }
     static JMLR_DEVICE QueryTile query_tile(int stage, int chunk) {
-        return QueryTile(kWalk ? kStagesAt + stage * kStageBytes + TextTile::kBytes : chunk * QueryTile::kBytes);
+        return QueryTile(kWalk ? stage_at(stage) + kTokenBytes : chunk * QueryTile::kBytes);
     }
     static JMLR_DEVICE tiles::Shared<float> text_scales(int stage) {
         return tiles::shared_memory<float>(kTextScalesAt) + stage * kTokens;
@@ -155,22 +168,39 @@ struct Forward {
     static JMLR_DEVICE void fill_stage(const Params& p, const RowTile& tile, const Walk& walk, int stage) {
         if (!walk.inside() || walk.empty()) return;
         const Document& d = walk.document;
-        int first = walk.chunk * kTiles.chunk;
         auto position = [&](int i) { return position_of(d, tiles::smaller(walk.first + i, d.length - 1)); };
-        text_tile(stage).template fill<kThreads>(
-            [&](int i) { return d.text.first + position(i) * p.problem.document_token_stride + first; },
-            int(p.problem.dimension) - first, p.whole_documents);
+        Tokens::template fetch<TextTile, kThreads>(stage_at(stage), p.problem, p.tokens, d.text, position,
+                                                   walk.chunk * kTiles.chunk, p.whole_documents);
         if (kWalk) fill_queries(p, tile, query_tile(stage, 0), walk.chunk);
-        if (p.out.document_scales != nullptr && walk.ends_tile(p) && tiles::thread_index() < kTokens) {
+        const float* scales = token_scales(p);
+        if (scales != nullptr && walk.ends_tile(p) && tiles::thread_index() < kTokens) {
             int i = tiles::thread_index();
-            text_scales(stage).write(i, tiles::load(p.out.document_scales + d.text.place + position(i)));
+            text_scales(stage).write(i, tiles::load(scales + d.text.place + position(i)));
+        }
+    }
+
+    static JMLR_DEVICE const float* token_scales(const Params& p) { return Tokens::scales(p.tokens, p.out); }
+
+    static JMLR_DEVICE void decode_stage(const Params& p, const Walk& walk, int stage) {
+        if constexpr (Tokens::kDecoded) {
+            if (walk.empty()) return;
+            Tokens::template decode<kThreads>(text_tile(stage), stage_at(stage), kOwnAt, p.problem, p.tokens,
+                                              walk.document.text, walk.chunk * kTiles.chunk);
+            tiles::sync_block();
         }
     }
 
     // What a warp keeps in registers: its query rows, their similarities with a tile, their maxima so far.
     using QueryRows = typename F::A[kRowTiles][kTiles.registers ? kDepths : 1];
     using Similarities = float[kRowTiles][kColumnTiles][4];
-    using Maxima = Maximum[kRowTiles][2];
+    struct Maxima {
+        Maximum of[kRowTiles][2];
+
+        JMLR_DEVICE void clear() {
+            JMLR_UNROLL
+            for (int i = 0; i < kRowTiles * 2; ++i) of[i / 2][i % 2] = {-tiles::kInfinity, 0};
+        }
+    };
 
     static JMLR_DEVICE int first_row() { return tiles::warp() / kTiles.token_warps * kRowTiles * 16; }
     static JMLR_DEVICE int first_token() { return tiles::warp() % kTiles.token_warps * kTiles.tokens_per_warp(); }
@@ -209,6 +239,18 @@ struct Forward {
         }
     }
 
+    static JMLR_DEVICE void clear(Similarities& s) {
+        JMLR_UNROLL
+        for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i)
+            s[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = 0.0f;
+    }
+
+    static JMLR_DEVICE void absorb_tile(const Params& p, const Walk& walk, int stage, Similarities& s, Maxima& maxima) {
+        if (token_scales(p) != nullptr) scale_columns(s, stage);
+        if (Tokens::kWinners && p.out.winners != nullptr) absorb<true>(s, maxima.of, walk.first + first_token());
+        else absorb<false>(s, maxima.of, 0);
+    }
+
     static JMLR_DEVICE void scale_columns(Similarities& s, int stage) {
         JMLR_UNROLL
         for (int n = 0; n < kColumnTiles; ++n) {
@@ -222,13 +264,13 @@ struct Forward {
     }
 
     // The four lanes of a row agree, and one of them writes the row's maximum for finish_document.
-    static JMLR_DEVICE void publish(const Maxima& maxima, int parity) {
+    static JMLR_DEVICE void publish(const Params&, const Maxima& maxima, int parity) {
         int base = (parity * kTiles.token_warps + tiles::warp() % kTiles.token_warps) * kRows + first_row();
         JMLR_UNROLL
         for (int m = 0; m < kRowTiles; ++m) {
             JMLR_UNROLL
             for (int half = 0; half < 2; ++half) {
-                Maximum best = row_maximum(maxima[m][half]);
+                Maximum best = row_maximum(maxima.of[m][half]);
                 if (tiles::lane() % 4 == 0) {
                     int row = base + m * 16 + tiles::accumulator_row(2 * half);
                     tiles::shared_memory<float>(kMaximaAt).write(row, best.value);
@@ -267,7 +309,7 @@ struct Forward {
         bool too_long = problem.cu_seqlens != nullptr && problem.max_length > 0 && d.text.length > problem.max_length;
         float nobody = too_long ? tiles::bit_cast<float>(0x7fc00000u) : 0.0f;
         int i = tiles::thread_index();
-        if (i < kRows && own.inside && (p.out.winners != nullptr || p.out.per_token)) {
+        if (Tokens::kWinners && i < kRows && own.inside && (p.out.winners != nullptr || p.out.per_token)) {
             Maximum best = empty ? Maximum{0.0f, 0} : maximum_of(i, parity);
             int64_t entry = (own.query * problem.documents_per_query + number) * problem.query_length + own.token;
             if (p.out.winners != nullptr) {
@@ -277,7 +319,16 @@ struct Forward {
             }
             if (p.out.per_token) tiles::store(p.scores + entry, empty || too_long ? nobody : share_of(i, best.value));
         }
-        if (p.out.per_token) return;
+        if (Tokens::kWinners && p.out.per_token) return;
+        store_scores(p, tile, number, !empty && !too_long, nobody,
+                     [&](int row) { return share_of(row, maximum_of(row, parity).value); });
+    }
+
+    // A document's scores: sums of `share(row)` over a query's rows, or `nobody` where none `counts`.
+    template <class Share>
+    static JMLR_DEVICE void store_scores(const Params& p, const RowTile& tile, int64_t number, bool counts,
+                                         float nobody, Share share) {
+        const Problem& problem = p.problem;
         // Neighbouring lanes add a query's rows, then each other's sums.
         int lanes = p.lanes_per_query, per_round = kThreads / lanes;
         for (int first = 0; first < p.queries_per_tile; first += per_round) {
@@ -285,17 +336,15 @@ struct Forward {
             int64_t query = tile.first_query + segment;
             bool inside = segment < p.queries_per_tile && query < problem.query_count;
             float sum = 0.0f;
-            if (inside && !empty && !too_long) {
+            if (inside && counts) {
                 int begin = segment * p.query_length.divisor();
                 int end = tiles::smaller(begin + p.query_length.divisor() - tile.chunk * kRows, kRows);
-                for (int row = begin + tiles::thread_index() % lanes; row < end; row += lanes) {
-                    sum += share_of(row, maximum_of(row, parity).value);
-                }
+                for (int row = begin + tiles::thread_index() % lanes; row < end; row += lanes) sum += share(row);
             }
             for (int mask = 1; mask < lanes; mask *= 2) sum += tiles::shuffle_xor(sum, mask);
             if (inside && tiles::thread_index() % lanes == 0) {
                 int64_t pair = (tile.chunk * problem.query_count + query) * problem.documents_per_query + number;
-                tiles::store(p.scores + pair, empty || too_long ? nobody : sum);
+                tiles::store(p.scores + pair, counts ? sum : nobody);
             }
         }
     }
@@ -317,16 +366,17 @@ struct Forward {
         return row;
     }
 
-    static JMLR_DEVICE void run(const Params& p) {
-        // Neighbouring blocks share documents.
-        RowTile tile;
-        tile.number = tiles::block_index() % p.row_tiles;
-        tile.chunk = int(tile.number % p.row_chunks);
-        tile.first_query = tile.number / p.row_chunks * p.queries_per_tile;
+    static JMLR_DEVICE void run(const Params& p) { stream<Forward>(p); }
+
+    // Kernel: this one or a struct derived from it, with its own Maxima, absorb_tile, publish and finish_document.
+    template <class Kernel>
+    static JMLR_DEVICE void stream(const typename Kernel::Params& p) {
+        RowTile tile = row_tile(p, tiles::block_index() % p.row_tiles);  // neighbouring blocks share documents
         int64_t from = tiles::block_index() / p.row_tiles * p.documents_per_block;
         int64_t to = tiles::smaller(from + p.documents_per_block, p.problem.documents_per_query);
 
         Row own = prepare_row(p, tile);
+        if constexpr (Tokens::kDecoded) Tokens::template prepare<kThreads>(kOwnAt, p.tokens);
         for (int chunk = 0; chunk < kTiles.resident; ++chunk) fill_queries(p, tile, query_tile(0, chunk), chunk);
         Walk filling(p, tile, from, to), reading = filling;
         JMLR_UNROLL
@@ -343,7 +393,7 @@ struct Forward {
         }
 
         Similarities s;
-        Maxima maxima;
+        typename Kernel::Maxima maxima;
         Document finished{};
         int64_t finished_number = -1;
         int stage = 0, parity = 0;
@@ -353,28 +403,20 @@ struct Forward {
             fill_stage(p, tile, filling, (stage + kStages - 1) % kStages);
             tiles::commit_copies();
             if (filling.inside()) filling.advance(p, tile);
-            if (finished_number >= 0) finish_document(p, tile, own, finished_number, finished, parity ^ 1);
+            if (finished_number >= 0) Kernel::finish_document(p, tile, own, finished_number, finished, parity ^ 1);
             finished_number = -1;
+            decode_stage(p, reading, stage);
 
             if (!reading.empty()) {
                 if (reading.chunk == 0) {
-                    JMLR_UNROLL
-                    for (int i = 0; i < kRowTiles * kColumnTiles * 4; ++i)
-                        s[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4] = 0.0f;
-                    if (reading.first == 0) {
-                        JMLR_UNROLL
-                        for (int i = 0; i < kRowTiles * 2; ++i) maxima[i / 2][i % 2] = {-tiles::kInfinity, 0};
-                    }
+                    clear(s);
+                    if (reading.first == 0) maxima.clear();
                 }
                 multiply(s, rows, query_tile(stage, reading.chunk), text_tile(stage));
-                if (reading.ends_tile(p)) {
-                    if (p.out.document_scales != nullptr) scale_columns(s, stage);
-                    if (p.out.winners != nullptr) absorb<true>(s, maxima, reading.first + first_token());
-                    else absorb<false>(s, maxima, 0);
-                }
+                if (reading.ends_tile(p)) Kernel::absorb_tile(p, reading, stage, s, maxima);
             }
             if (reading.ends_document(p)) {
-                if (!reading.empty()) publish(maxima, parity);
+                if (!reading.empty()) Kernel::publish(p, maxima, parity);
                 finished = reading.document;
                 finished_number = reading.number;
                 parity ^= 1;
@@ -383,7 +425,7 @@ struct Forward {
         }
         tiles::wait_copies<0>();
         tiles::sync_block();
-        if (finished_number >= 0) finish_document(p, tile, own, finished_number, finished, parity ^ 1);
+        if (finished_number >= 0) Kernel::finish_document(p, tile, own, finished_number, finished, parity ^ 1);
     }
 };
 

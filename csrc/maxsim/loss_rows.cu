@@ -11,6 +11,7 @@ struct LossRowsKernel {
     static constexpr int kThreads = 256;
     static constexpr int kMinBlocks = 1;
     static constexpr int kWarps = kThreads / tiles::kWarp;
+    static constexpr int kSharedBytes = kWarps * int(sizeof(float));
     using Params = LossRows;
 
     struct Lanes {
@@ -61,8 +62,6 @@ struct LossRowsKernel {
 
 }  // namespace
 
-void loss_rows(const LossRows& rows, void* stream) {
-    tiles::launch<LossRowsKernel>(rows, rows.query_count, LossRowsKernel::kWarps * int(sizeof(float)), stream);
-}
+void loss_rows(const LossRows& rows, void* stream) { tiles::launch<LossRowsKernel>(rows, rows.query_count, stream); }
 
 }  // namespace jmlr::maxsim::sm80

@@ -43,11 +43,23 @@ private:
     int64_t bytes_ = 0;
 };
 
-struct ForwardPlan {
-    int dimension_block = 0;
-    bool few_rows = false;
+// Row tiles of all queries, row tiles of one query (1 unless it is longer than a tile), queries in a tile.
+struct RowLayout {
     int64_t row_tiles = 0;
     int row_chunks = 0, queries_per_tile = 0;
+};
+
+inline RowLayout row_layout(const Problem& p, int64_t rows) {
+    RowLayout layout;
+    layout.row_chunks = int(divided_up(p.query_length, rows));
+    layout.queries_per_tile = p.candidates || p.query_length > rows ? 1 : int(rows / p.query_length);
+    layout.row_tiles = divided_up(p.query_count, layout.queries_per_tile) * layout.row_chunks;
+    return layout;
+}
+
+struct ForwardPlan : RowLayout {
+    int dimension_block = 0;
+    bool few_rows = false;
     int64_t documents_per_block = 0;
     int lanes_per_query = 0;
     // Byte offsets of scratch arrays, -1 where there is none.
@@ -70,19 +82,19 @@ inline int64_t documents_per_block(int64_t documents, int64_t row_tiles, int64_t
     return best;
 }
 
-inline ForwardPlan forward_plan(const Problem& p, const ForwardOutput& out, int processors) {
+// `tiles_of`: forward_tiles, or the like for other documents.
+template <class TilesOf>
+ForwardPlan forward_plan(const Problem& p, const ForwardOutput& out, int processors, TilesOf tiles_of) {
     check_sizes(p);
     ForwardPlan plan;
     plan.dimension_block = forward_dimension(p.dimension);
     int64_t sharing = p.query_length * (p.candidates ? 1 : p.query_count);
-    ForwardTiles tiles = forward_tiles(element_size(p.type), plan.dimension_block, false);
+    ForwardTiles tiles = tiles_of(element_size(p.type), plan.dimension_block, false);
     plan.few_rows = 2 * sharing <= tiles.rows();
-    if (plan.few_rows) tiles = forward_tiles(element_size(p.type), plan.dimension_block, true);
+    if (plan.few_rows) tiles = tiles_of(element_size(p.type), plan.dimension_block, true);
     int64_t rows = tiles.rows();
     if (p.query_length == 0 || p.query_count == 0 || p.documents_per_query == 0) return plan;
-    plan.row_chunks = int(divided_up(p.query_length, rows));
-    plan.queries_per_tile = p.candidates || p.query_length > rows ? 1 : int(rows / p.query_length);
-    plan.row_tiles = divided_up(p.query_count, plan.queries_per_tile) * plan.row_chunks;
+    static_cast<RowLayout&>(plan) = row_layout(p, rows);
     plan.documents_per_block =
         documents_per_block(p.documents_per_query, plan.row_tiles, int64_t(processors) * tiles.min_blocks);
     plan.lanes_per_query = 1;

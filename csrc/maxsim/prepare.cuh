@@ -27,9 +27,7 @@ struct KeptTokens {
         int64_t query = p.candidates ? number / p.documents_per_query : 0;
         int64_t document = number - query * p.documents_per_query;
         Text<uint8_t> text = text_of<uint8_t>(p, query, document);
-        const uint8_t* mask = p.document_mask;
-        if (p.cu_seqlens != nullptr) mask += text.place * p.document_mask_token_stride;
-        else mask += query * p.document_mask_query_stride + document * p.document_mask_stride;
+        const uint8_t* mask = document_mask_of(p, query, document, text.place);
         int found = 0;
         for (int first = 0; first < text.length; first += tiles::kWarp) {
             int position = first + tiles::lane();

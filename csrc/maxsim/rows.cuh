@@ -53,6 +53,13 @@ JMLR_DEVICE Text<Element> text_of(const Problem& p, int64_t query, int64_t docum
     return {first, number * p.document_length, int(p.document_length)};
 }
 
+// The bytes of a document's mask, `place` being its text's.
+JMLR_DEVICE const uint8_t* document_mask_of(const Problem& p, int64_t query, int64_t document, int64_t place) {
+    if (p.cu_seqlens != nullptr) return p.document_mask + place * p.document_mask_token_stride;
+    return p.document_mask + (p.candidates ? query * p.document_mask_query_stride : 0) +
+           document * p.document_mask_stride;
+}
+
 // Tokens [outer, inner, length] of any strides, numbered in this order.
 template <class Element>
 struct TokenList {
@@ -138,16 +145,20 @@ JMLR_DEVICE Slice<kCount> load_slice(const Element* row, int first, int columns,
     return slice;
 }
 
+// Word i of a slice's neighbours side by side.
+template <class Element, int kCount>
+JMLR_DEVICE uint32_t word_of(const Slice<kCount>& slice, int i) {
+    if constexpr (sizeof(Element) == 4) return tiles::bit_cast<uint32_t>(slice.value[i]);
+    else return tiles::pack<Element>(slice.value[2 * i], slice.value[2 * i + 1]);
+}
+
 template <int kCount, class Element>
 JMLR_DEVICE void store_slice(Element* row, int first, int columns, bool whole, const Slice<kCount>& slice) {
     constexpr int kBytes = kCount * int(sizeof(Element));
     if (whole && first + kCount <= columns) {
         Word<kBytes> word;
         JMLR_UNROLL
-        for (int i = 0; i < kBytes / 4; ++i) {
-            if constexpr (sizeof(Element) == 4) word.word[i] = tiles::bit_cast<uint32_t>(slice.value[i]);
-            else word.word[i] = tiles::pack<Element>(slice.value[2 * i], slice.value[2 * i + 1]);
-        }
+        for (int i = 0; i < kBytes / 4; ++i) word.word[i] = word_of<Element>(slice, i);
         tiles::store(reinterpret_cast<Word<kBytes>*>(row + first), word);
     } else {
         JMLR_UNROLL

@@ -19,19 +19,19 @@ int multiprocessors() {
 
 void find_kept_tokens(const Problem& p, int32_t* kept, int32_t* lengths, void* stream) {
     constexpr int kPerBlock = KeptTokens::kThreads / tiles::kWarp;
-    tiles::launch<KeptTokens>({p, p.document_count(), kept, lengths}, divided_up(p.document_count(), kPerBlock), 0,
+    tiles::launch<KeptTokens>({p, p.document_count(), kept, lengths}, divided_up(p.document_count(), kPerBlock),
                               stream);
 }
 
 void sum_parts(const float* parts, float* sums, int64_t part_count, int64_t count, void* stream) {
-    tiles::launch<SumParts>({parts, sums, part_count, count}, divided_up(count, SumParts::kThreads), 0, stream);
+    tiles::launch<SumParts>({parts, sums, part_count, count}, divided_up(count, SumParts::kThreads), stream);
 }
 
 template <class Out>
 static void launch_zeros(typename Zeros<Out>::Params params, void* stream) {
     constexpr int64_t kMostBlocks = 1024;
     int64_t blocks = divided_up(params.count, Zeros<Out>::kThreads);
-    tiles::launch<Zeros<Out>>(params, blocks < kMostBlocks ? blocks : kMostBlocks, 0, stream);
+    tiles::launch<Zeros<Out>>(params, blocks < kMostBlocks ? blocks : kMostBlocks, stream);
 }
 
 void zero(void* out, int64_t count, int element_size, void* stream) {
@@ -49,7 +49,7 @@ void zero_uncovered(const Problem& p, void* out, int element_size, void* stream)
 }
 
 int64_t forward_scratch_bytes(const Problem& p, const ForwardOutput& out, int processors) {
-    return forward_plan(p, out, processors).scratch_bytes;
+    return forward_plan(p, out, processors, forward_tiles).scratch_bytes;
 }
 
 void forward(const Problem& p, const ForwardOutput& out, void* scratch, int processors, void* stream) {

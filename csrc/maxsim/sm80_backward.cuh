@@ -28,7 +28,7 @@ void launch_query_gradient(const Problem& p, const BackwardInput& in, const Back
     params.whole_queries =
         fills && queries_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_queries, {}, kBytes);
     int64_t warps = p.query_count * p.query_length * plan.chunks * plan.splits;
-    tiles::launch<Kernel>(params, divided_up(warps, Kernel::kThreads / tiles::kWarp), 0, stream);
+    tiles::launch<Kernel>(params, divided_up(warps, Kernel::kThreads / tiles::kWarp), stream);
 }
 
 template <class Element, int kDimension>
@@ -49,7 +49,7 @@ void launch_document_gradient(const Problem& p, const BackwardInput& in, const B
     params.whole_queries = fills && queries_aligned<Element>(p, kBytes);
     params.whole =
         fills && documents_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_documents, {}, kBytes);
-    tiles::launch<Kernel>(params, p.document_count() * plan.token_tiles * plan.chunks, Kernel::kSharedBytes, stream);
+    tiles::launch<Kernel>(params, p.document_count() * plan.token_tiles * plan.chunks, stream);
 }
 
 template <class Element>
@@ -58,7 +58,15 @@ void finish_rows(typename FinishRows<Element>::Params params, bool aligned, void
     constexpr int kBytes = Kernel::kPerLane * int(sizeof(Element));
     params.whole = aligned && params.dimension % Kernel::kPerLane == 0 && rows_aligned<Element>(params.out, {}, kBytes);
     int64_t blocks = divided_up(params.tokens.count(), Kernel::kThreads / tiles::kWarp);
-    tiles::launch<Kernel>(params, blocks, 0, stream);
+    tiles::launch<Kernel>(params, blocks, stream);
+}
+
+template <class Element>
+void zero_gradients(const Problem& p, const BackwardOutput& out, void* stream) {
+    int64_t rows = p.query_count * p.query_length;
+    zero(out.grad_queries, rows * p.dimension, int(sizeof(Element)), stream);
+    zero(out.grad_documents, document_token_count(p) * p.dimension, int(sizeof(Element)), stream);
+    if (out.grad_weights != nullptr) zero(out.grad_weights, rows, 4, stream);
 }
 
 template <class Element>
@@ -66,12 +74,7 @@ void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput
                  void* stream) {
     BackwardPlan plan = backward_plan(p, in, processors);
     int64_t rows = p.query_count * p.query_length;
-    if (rows == 0 || p.documents_per_query == 0) {
-        zero(out.grad_queries, rows * p.dimension, int(sizeof(Element)), stream);
-        zero(out.grad_documents, document_token_count(p) * p.dimension, int(sizeof(Element)), stream);
-        if (out.grad_weights != nullptr) zero(out.grad_weights, rows, 4, stream);
-        return;
-    }
+    if (rows == 0 || p.documents_per_query == 0) return zero_gradients<Element>(p, out, stream);
     constexpr int kBytes = FinishRows<Element>::kPerLane * int(sizeof(Element));
     int dimension = int(p.dimension);
     int32_t* kept_lengths = scratch_array<int32_t>(scratch, plan.kept_lengths);

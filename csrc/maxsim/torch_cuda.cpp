@@ -6,9 +6,6 @@
 namespace jmlr::maxsim {
 namespace {
 
-// Memory for one operation, which torch gives to the next one on the same stream.
-Tensor scratch_memory(const Tensor& like, int64_t bytes) { return new_tensor(like, {bytes}, ScalarType::Byte); }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> maxsim_forward(Tensor queries, Tensor documents, OptionalTensor query_mask,
                                                           OptionalTensor document_mask, OptionalTensor query_weights,
                                                           OptionalTensor cu_seqlens, bool candidates, bool normalize,

@@ -23,6 +23,9 @@ inline Tensor contiguous_as(const Tensor& tensor, ScalarType type) {
     return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
 }
 
+// Memory for one operation, which torch gives to the next one on the same stream.
+inline Tensor scratch_memory(const Tensor& like, int64_t bytes) { return new_tensor(like, {bytes}, ScalarType::Byte); }
+
 // One problem, and the copies that it points into.
 struct Checked {
     Problem problem;

@@ -7,9 +7,9 @@
 
 namespace jmlr::shifted_attention {
 
-template <class Element, int kBlockD>
+template <class Element, int kBlockD, SharedMemory kShared>
 struct BackwardDkDv {
-    static constexpr TileSizes kSizes = tile_sizes(Kernel::backward_dkdv, int(sizeof(Element)), kBlockD);
+    static constexpr TileSizes kSizes = tile_sizes(Kernel::backward_dkdv, int(sizeof(Element)), kBlockD, kShared);
     static constexpr int kBlockM = kSizes.block_m, kBlockN = kSizes.block_n, kBands = kSizes.bands,
                          kParts = kSizes.parts;
     static constexpr int kThreads = threads_of(Kernel::backward_dkdv, kSizes), kMinBlocks = kSizes.min_blocks;
@@ -25,6 +25,7 @@ struct BackwardDkDv {
     // A stage: queries, gradients of their outputs, their lse in base 2, their delta.
     static constexpr int kStage = 2 * QueryTile::kBytes + 2 * kBlockM * int(sizeof(float));
     static constexpr int kSharedBytes = 2 * KeyTile::kBytes + 2 * kStage;
+    static_assert(kSharedBytes <= bytes_of(kShared));
     static_assert(kBlockM <= kThreads);
 
     static JMLR_DEVICE void run(const Params& p) {

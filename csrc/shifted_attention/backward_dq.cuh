@@ -6,9 +6,9 @@
 
 namespace jmlr::shifted_attention {
 
-template <class Element, int kBlockD>
+template <class Element, int kBlockD, SharedMemory kShared>
 struct BackwardDq {
-    static constexpr TileSizes kSizes = tile_sizes(Kernel::backward_dq, int(sizeof(Element)), kBlockD);
+    static constexpr TileSizes kSizes = tile_sizes(Kernel::backward_dq, int(sizeof(Element)), kBlockD, kShared);
     static constexpr int kBlockM = kSizes.block_m, kBlockN = kSizes.block_n, kBands = kSizes.bands,
                          kParts = kSizes.parts;
     static constexpr int kThreads = threads_of(Kernel::backward_dq, kSizes), kMinBlocks = kSizes.min_blocks;
@@ -22,6 +22,7 @@ struct BackwardDq {
     using Sums = float[kBands][kPartD / 8][4];
     static constexpr int kStage = 2 * KeyTile::kBytes;
     static constexpr int kSharedBytes = 2 * QueryTile::kBytes + 2 * kStage;
+    static_assert(kSharedBytes <= bytes_of(kShared));
 
     static JMLR_DEVICE void run(const Params& p) {
         Work work = work_of<kBlockM, true>(p.layout, int(tiles::block_index()), p.layout.heads);

@@ -13,29 +13,32 @@
 
 namespace jmlr::shifted_attention {
 
-template <class Element, int kBlockD>
+template <class Element>
+struct ForwardParams {
+    Layout layout;
+    Rows<const Element> q, k, v;
+    Rows<Element> out;
+    float* lse;
+    int head_dim;
+    float scale_log2;
+};
+
+template <class Element, int kBlockD, SharedMemory kShared>
 struct Forward {
-    static constexpr TileSizes kSizes = tile_sizes(Kernel::forward, int(sizeof(Element)), kBlockD);
+    static constexpr TileSizes kSizes = tile_sizes(Kernel::forward, int(sizeof(Element)), kBlockD, kShared);
     static constexpr int kBlockM = kSizes.block_m, kBlockN = kSizes.block_n, kBands = kSizes.bands,
                          kParts = kSizes.parts;
     static constexpr int kThreads = threads_of(Kernel::forward, kSizes), kMinBlocks = kSizes.min_blocks;
     static constexpr int kPartD = kBlockD / kParts;
 
+    using Params = ForwardParams<Element>;
     using Fragments = tiles::Fragments<Element>;
     using QueryTile = tiles::SharedTile<Element, kBlockM, kBlockD>;
     using KeyTile = tiles::SharedTile<Element, kBlockN, kBlockD>;
     using Scores = float[kBands][kBlockN / 8][4];
     using Sums = float[kBands][kPartD / 8][4];
     static constexpr int kSharedBytes = QueryTile::kBytes + 2 * KeyTile::kBytes;
-
-    struct Params {
-        Layout layout;
-        Rows<const Element> q, k, v;
-        Rows<Element> out;
-        float* lse;
-        int head_dim;
-        float scale_log2;
-    };
+    static_assert(kSharedBytes <= bytes_of(kShared));
 
     static JMLR_DEVICE void run(const Params& p) {
         Work work = work_of<kBlockM, true>(p.layout, int(tiles::block_index()), p.layout.heads);

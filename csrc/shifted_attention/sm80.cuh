@@ -44,32 +44,55 @@ Rows<Element> contiguous_rows(Element* data, const Problem& problem, int64_t hea
     return {data, problem.rows * heads * problem.head_dim, heads * problem.head_dim, problem.head_dim, whole};
 }
 
-// Calls `body` with the width that holds head_dim columns, as a constant.
+// Calls `body` with the width of a tile that holds head_dim columns, as a constant.
 template <class Body>
 void with_block_d(int64_t head_dim, Body body) {
-    if (head_dim <= 32) return body(std::integral_constant<int, 32>());
-    if (head_dim <= 64) return body(std::integral_constant<int, 64>());
-    if (head_dim <= 96) return body(std::integral_constant<int, 96>());
-    if (head_dim <= 128) return body(std::integral_constant<int, 128>());
-    if (head_dim <= kWidestHead) return body(std::integral_constant<int, 256>());
+    switch (head_dim <= kWidestHead ? block_d_of(head_dim) : 0) {
+        case 32:
+            return body(std::integral_constant<int, 32>());
+        case 64:
+            return body(std::integral_constant<int, 64>());
+        case 96:
+            return body(std::integral_constant<int, 96>());
+        case 128:
+            return body(std::integral_constant<int, 128>());
+        case 256:
+            return body(std::integral_constant<int, 256>());
+    }
     throw std::runtime_error("shifted attention takes heads of at most 256 dimensions on this path, not " +
                              std::to_string(head_dim));
+}
+
+// Launches a kernel of a family, with the tiles that the current device has shared memory for, over `heads` heads.
+template <template <class, int, SharedMemory> class Family, Kernel kKernel, class Element, int kBlockD, class Params>
+void launch_on_device(const Params& params, int64_t heads, void* stream) {
+    constexpr int kBytes = int(sizeof(Element));
+    constexpr SharedMemory kSmall = SharedMemory::small;
+    constexpr SharedMemory kMost = compiled_class(kKernel, kBytes, kBlockD, SharedMemory::large);
+    auto launch_with = [&](auto shared) {
+        using Chosen = Family<Element, kBlockD, shared()>;
+        int64_t blocks = blocks_of(params.layout, heads, rows_of_block(kKernel, Chosen::kSizes));
+        tiles::launch<Chosen>(params, blocks, stream);
+    };
+    if (kMost == kSmall || tiles::shared_memory_class() == kSmall) {
+        launch_with(std::integral_constant<SharedMemory, kSmall>());
+    } else {
+        launch_with(std::integral_constant<SharedMemory, kMost>());
+    }
 }
 
 template <class Element>
 void forward_of(const ForwardProblem& problem, void* stream) {
     with_block_d(problem.head_dim, [&](auto block_d) {
-        using Kernel = Forward<Element, block_d()>;
-        typename Kernel::Params params{layout_of(problem),
-                                       rows_of<Element>(problem.q, problem, problem.heads),
-                                       rows_of<Element>(problem.k, problem, problem.kv_heads),
-                                       rows_of<Element>(problem.v, problem, problem.kv_heads),
-                                       contiguous_rows(static_cast<Element*>(problem.out), problem, problem.heads),
-                                       problem.lse,
-                                       int(problem.head_dim),
-                                       float(problem.scale * kLog2E)};
-        tiles::launch<Kernel>(params, blocks_of(params.layout, problem.heads, Kernel::kBlockM), Kernel::kSharedBytes,
-                              stream);
+        ForwardParams<Element> params{layout_of(problem),
+                                      rows_of<Element>(problem.q, problem, problem.heads),
+                                      rows_of<Element>(problem.k, problem, problem.kv_heads),
+                                      rows_of<Element>(problem.v, problem, problem.kv_heads),
+                                      contiguous_rows(static_cast<Element*>(problem.out), problem, problem.heads),
+                                      problem.lse,
+                                      int(problem.head_dim),
+                                      float(problem.scale * kLog2E)};
+        launch_on_device<Forward, Kernel::forward, Element, block_d()>(params, problem.heads, stream);
     });
 }
 
@@ -93,12 +116,8 @@ void backward_of(const BackwardProblem& problem, void* stream) {
             int(problem.head_dim),
             float(problem.scale),
             float(problem.scale * kLog2E)};
-        using Queries = BackwardDq<Element, block_d()>;
-        using Keys = BackwardDkDv<Element, block_d()>;
-        tiles::launch<Queries>(params, blocks_of(params.layout, problem.heads, Queries::kBlockM), Queries::kSharedBytes,
-                               stream);
-        tiles::launch<Keys>(params, blocks_of(params.layout, problem.kv_heads, Keys::kBlockN), Keys::kSharedBytes,
-                            stream);
+        launch_on_device<BackwardDq, Kernel::backward_dq, Element, block_d()>(params, problem.heads, stream);
+        launch_on_device<BackwardDkDv, Kernel::backward_dkdv, Element, block_d()>(params, problem.kv_heads, stream);
     });
 }
 

@@ -3,10 +3,9 @@
 #pragma once
 
 #include "problem.h"
+#include "tile_sizes.h"
 
 namespace jmlr::shifted_attention::sm80 {
-
-constexpr int64_t kWidestHead = 256;
 
 // Each type of elements has a file of its own, so that they compile side by side.
 void forward_half(const ForwardProblem& problem, void* stream);

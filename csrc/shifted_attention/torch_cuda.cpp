@@ -54,7 +54,7 @@ Checked check_problem(const Tensor& q, const Tensor& k, const Tensor& v, int64_t
     check_input("v", v, q, kv_heads);
     check(group_size >= 2, "group_size is ", group_size, ": give at least 2 tokens");
     const int64_t head_dim = q.size(head_axis + 1);
-    check(head_dim >= 1 && head_dim <= sm80::kWidestHead, "the compiled kernels take heads of 1 to ", sm80::kWidestHead,
+    check(head_dim >= 1 && head_dim <= kWidestHead, "the compiled kernels take heads of 1 to ", kWidestHead,
           " dimensions, not ", head_dim, "; use backend='torch'");
 
     Checked checked{{}, with_unit_stride(q), with_unit_stride(k), with_unit_stride(v), {}, {}};

@@ -1,11 +1,23 @@
 // Starts a kernel. A kernel is a struct with `Params` (plain values and pointers), `kThreads`, `kMinBlocks` (blocks
-// that shall fit a multiprocessor) and `static void run(const Params&)`.
+// that shall fit a multiprocessor), `static void run(const Params&)`, and where its blocks share memory,
+// `kSharedBytes`.
 #pragma once
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "primitives.h"
+
+namespace tiles {
+
+template <class Kernel, class = void>
+inline constexpr int kSharedBytesOf = 0;
+template <class Kernel>
+inline constexpr int kSharedBytesOf<Kernel, std::void_t<decltype(Kernel::kSharedBytes)>> = Kernel::kSharedBytes;
+
+}  // namespace tiles
 
 #if defined(__CUDACC__) && !defined(JMLR_HOST_BUILD)
 
@@ -13,27 +25,50 @@
 
 namespace tiles {
 
-template <class Kernel>
+// What the chip has that the code is compiled for.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr SharedMemory kSharedOfTarget = SharedMemory::small;
+#else
+constexpr SharedMemory kSharedOfTarget = SharedMemory::large;
+#endif
+
+// The shared memory is a part of the name, where tools/resources.py reads it. What could not start is left empty.
+template <class Kernel, int kSharedBytes>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     kernel_entry(const __grid_constant__ typename Kernel::Params params) {
-    Kernel::run(params);
+    if constexpr (kSharedBytes <= bytes_of(kSharedOfTarget)) Kernel::run(params);
 }
 
 inline void check_cuda(cudaError_t error, const char* what) {
     if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+inline int current_device() {
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "the current device");
+    return device;
+}
+
+// What a block may ask for, in bytes, on the current device.
+inline int shared_limit() {
+    int bytes = 0;
+    check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()),
+               "a device's shared memory");
+    return bytes;
+}
+
 template <class Kernel>
-void launch(const typename Kernel::Params& params, int64_t blocks, int shared_bytes, void* stream) {
-    if (blocks == 0) return;
-    if (blocks > 0x7fffffff) throw std::runtime_error("the problem needs more than 2**31 - 1 blocks: split the batch");
-    if (shared_bytes > 48 * 1024) {
-        check_cuda(
-            cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-            "shared memory of a kernel");
-    }
-    kernel_entry<Kernel>
-        <<<unsigned(blocks), Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+void ask_for_shared_memory() {
+    constexpr int kBytes = kSharedBytesOf<Kernel>;
+    check_cuda(cudaFuncSetAttribute(kernel_entry<Kernel, kBytes>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+               "shared memory of a kernel");
+}
+
+template <class Kernel>
+void start(const typename Kernel::Params& params, int64_t blocks, void* stream) {
+    constexpr int kBytes = kSharedBytesOf<Kernel>;
+    kernel_entry<Kernel, kBytes>
+        <<<unsigned(blocks), Kernel::kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
     check_cuda(cudaGetLastError(), "launch of a kernel");
 }
 
@@ -44,10 +79,49 @@ void launch(const typename Kernel::Params& params, int64_t blocks, int shared_by
 namespace tiles {
 
 template <class Kernel>
-void launch(const typename Kernel::Params& params, int64_t blocks, int shared_bytes, void*) {
-    emulator::run_grid([&params] { Kernel::run(params); }, blocks, Kernel::kThreads, shared_bytes);
+inline constexpr char kIdentity = 0;  // its address stands for the kernel
+
+inline int current_device() { return emulator::device(); }
+inline int shared_limit() { return emulator::shared_limit(); }
+
+template <class Kernel>
+void ask_for_shared_memory() {
+    emulator::allow_shared_memory(&kIdentity<Kernel>, kSharedBytesOf<Kernel>);
+}
+
+template <class Kernel>
+void start(const typename Kernel::Params& params, int64_t blocks, void*) {
+    constexpr int kBytes = kSharedBytesOf<Kernel>;
+    emulator::check_shared_memory(&kIdentity<Kernel>, kBytes);
+    emulator::run_grid([&params] { Kernel::run(params); }, blocks, Kernel::kThreads, kBytes);
 }
 
 }  // namespace tiles
 
 #endif
+
+namespace tiles {
+
+inline SharedMemory shared_memory_class() { return class_of(shared_limit()); }
+
+// More than 48 KB of shared memory must be asked for, once for each kernel and device. Two threads that ask at the same
+// time ask for the same.
+template <class Kernel>
+void ask_once(int device) {
+    static std::atomic<uint64_t> asked{0};  // a bit for each device
+    const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+    if (asked.load(std::memory_order_acquire) & bit) return;
+    ask_for_shared_memory<Kernel>();
+    asked.fetch_or(bit, std::memory_order_release);
+}
+
+// On the current device.
+template <class Kernel>
+void launch(const typename Kernel::Params& params, int64_t blocks, void* stream) {
+    if (blocks == 0) return;
+    if (blocks > 0x7fffffff) throw std::runtime_error("the problem needs more than 2**31 - 1 blocks: split the batch");
+    if constexpr (kSharedBytesOf<Kernel> > kSharedUnasked) ask_once<Kernel>(current_device());
+    start<Kernel>(params, blocks, stream);
+}
+
+}  // namespace tiles

@@ -21,6 +21,16 @@ namespace tiles {
 
 constexpr int kWarp = 32;
 
+// Shared memory of a block, in bytes: what it has without being asked, and what it may ask for on GPUs of compute
+// capability 8.6, 8.9 and 12.x (small), or 8.0, 9.0, 10.x and others with as much (large).
+constexpr int kSharedUnasked = 48 * 1024;
+enum class SharedMemory { small, large };
+
+constexpr int bytes_of(SharedMemory shared) { return (shared == SharedMemory::small ? 99 : 163) * 1024; }
+constexpr SharedMemory class_of(int64_t bytes) {
+    return bytes < bytes_of(SharedMemory::large) ? SharedMemory::small : SharedMemory::large;
+}
+
 template <class Number>
 JMLR_BOTH constexpr Number ceil_div(Number a, Number b) {
     return (a + b - 1) / b;

@@ -52,6 +52,8 @@ public:
             bool inside = from != nullptr && column < columns;
             if (chunks) {
                 copy_async(to, inside ? from + column : from, inside);
+            } else if constexpr (sizeof(Element) == 1) {
+                to.template as<Chunk>().write(0, bytes_of(from + column, inside ? columns - column : 0));
             } else {
                 for (int j = 0; j < kPerChunk; ++j)
                     to.write(j, inside && column + j < columns ? load(from + column + j) : Element{});
@@ -92,6 +94,16 @@ public:
 private:
     // Chunks of a row are permuted among this many neighbours.
     static constexpr int kPeriod = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+
+    // A chunk of single bytes, zeros after the first `count`.
+    static JMLR_DEVICE Chunk bytes_of(const Element* from, int count) {
+        Chunk chunk{};
+        JMLR_UNROLL
+        for (int j = 0; j < 16; ++j) {
+            if (j < count) chunk.word[j / 4] |= uint32_t(load(from + j)) << j % 4 * 8;
+        }
+        return chunk;
+    }
 
     static JMLR_DEVICE int swizzle(int row) { return int(unsigned(row) / (8 / kPeriod) % kPeriod); }
 

@@ -1,15 +1,19 @@
-"""What the Triton kernels execute, beside what is useful: score tiles walked, times their size.
+"""What the Triton and CUDA kernels execute, beside what is useful: score tiles walked, times their size.
 
 A kernel multiplies whole tiles: the diagonal, a group's edges and the last tile of a document are computed and masked.
 Everything here is arithmetic on integers that mirrors the loop bounds of ``triton_forward.py``, ``triton_backward.py``
-and their ``_tma`` siblings, tile by tile, for any tile sizes; the tests count the products that Triton's interpreter
-really makes. FLOPs are those of matrix products alone, by the convention of ``flops.py``, with the head dimension as
-the kernels hold it.
+and their ``_tma`` siblings, and of ``csrc/shifted_attention``, tile by tile, for any tile sizes; the tests count the
+products that Triton's interpreter and the emulated tensor cores really make. FLOPs are those of matrix products alone,
+by the convention of ``flops.py``, with the head dimension as the kernels hold it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+import torch
+
+from jmlr_kernels import native
 
 
 def executed_flops(
@@ -42,12 +46,54 @@ def executed_flops(
             " of bulk copies, 'wrap'"
         )
     products, count = _KERNELS[kernel]
+    walked = _walked(count, lengths, group_size, heads, block_m, block_n, boundary)
+    return 2 * products * padded_dim * block_m * block_n * walked
+
+
+def library_flops(
+    lengths: Sequence[int],
+    group_size: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    shared_bytes: int,
+    boundary: str = "split",
+) -> dict[str, int]:
+    """FLOPs of the native library's CUDA kernels, by name, for arguments as :func:`executed_flops` takes them.
+
+    Args:
+        shared_bytes: what a block may ask for on the GPU (``native.shared_memory``).
+
+    Warps that share rows compute the scores once each. A product of float32, which the tensor cores make of three of
+    TF32, counts once.
+
+    Raises:
+        RuntimeError: a dtype or head dimension that the library does not have.
+    """
+    dim, *sizes = native.function("shifted_attention_tile_sizes")(dtype.itemsize, head_dim, shared_bytes)
+    flops = {}
+    for i, (kernel, (of_scores, of_sums, count)) in enumerate(_LIBRARY.items()):
+        block_m, block_n, parts = sizes[3 * i : 3 * i + 3]
+        walked = _walked(count, lengths, group_size, heads, block_m, block_n, boundary)
+        flops[kernel] = 2 * (of_scores * parts + of_sums) * dim * block_m * block_n * walked
+    return flops
+
+
+def _walked(
+    count: Callable[[int, int, int, int, int, int], int],
+    lengths: Sequence[int],
+    group_size: int,
+    heads: int,
+    block_m: int,
+    block_n: int,
+    boundary: str,
+) -> int:
     walked = 0
     for length in lengths:
         plain = count(length, group_size, block_m, block_n, 0, 0)
         shifted = count(length, group_size, block_m, block_n, *_shift_and_roll(length, group_size, boundary))
         walked += heads // 2 * plain + (heads - heads // 2) * shifted
-    return 2 * products * padded_dim * block_m * block_n * walked
+    return walked
 
 
 def key_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
@@ -107,6 +153,27 @@ def group_query_tiles(length: int, group_size: int, block_m: int, block_n: int, 
     return sum(_tiles(_group_end(last, shift, group_size, length) - tile, block_m) for tile, last in last_keys)
 
 
+def library_key_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
+    """:func:`key_tiles` of the CUDA kernels: from the first query's group's start to the query tile's end."""
+    return sum(
+        _tiles(min(tile + block_m, length) - _group_start(tile, shift, group_size), block_n)
+        for tile in range(0, length, block_m)
+    )
+
+
+def library_query_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
+    """:func:`query_tiles` of the CUDA kernels: from the key tile's start to its last key's group's end."""
+    walked = 0
+    for tile in range(0, length, block_n):
+        last = min(tile + block_n, length) - 1
+        if tile < roll <= last:
+            walked += _tiles(length, block_m)
+            continue
+        low = tile - roll if tile >= roll else tile - roll + length
+        walked += _tiles(_group_end(low + last - tile, shift, group_size, length) - low, block_m)
+    return walked
+
+
 def _shift_and_roll(length: int, group_size: int, boundary: str) -> tuple[int, int]:
     """Of the shifted heads; see triton_common.py."""
     if boundary == "split":
@@ -135,4 +202,11 @@ _KERNELS: dict[str, tuple[int, Callable[[int, int, int, int, int, int], int]]] =
     "forward_tma": (2, group_key_tiles),
     "backward_dq_tma": (3, group_key_tiles),
     "backward_dkdv_tma": (4, group_query_tiles),
+}
+
+# Of the CUDA kernels: products that give scores, products that sum over scores, and the tiles walked.
+_LIBRARY: dict[str, tuple[int, int, Callable[[int, int, int, int, int, int], int]]] = {
+    "forward": (1, 1, library_key_tiles),
+    "backward_dq": (2, 1, library_key_tiles),
+    "backward_dkdv": (2, 2, library_query_tiles),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,9 @@ from benchmarks import attention_baselines as baselines
 from benchmarks.attention_cases import DRY_CASES, GPU_CASES, AttentionCase
 from benchmarks.candidate import BACKWARD, FORWARD, STEP
 from benchmarks.prepare import prepare, steps_of
+from jmlr_kernels import native
 from jmlr_kernels.shifted_attention import config
+from jmlr_kernels.shifted_attention.executed import library_flops
 from jmlr_kernels.shifted_attention.reference import allowed, shifted_sparse_attention_reference
 
 CPU = torch.device("cpu")
@@ -198,6 +201,31 @@ def test_executed_flops_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = attention.executed_flops(odd, CPU, torch.bfloat16)
     assert attention.executed_flops(case, CPU, torch.bfloat16) == expected
     assert copied and plain and copied[FORWARD] < plain[FORWARD]
+
+
+@pytest.mark.parametrize("kilobytes", [227, 99])
+def test_executed_flops_of_the_native_library(monkeypatch: pytest.MonkeyPatch, kilobytes: int) -> None:
+    """Its tiles are those that the library tells for the device."""
+    if native.loaded().problem:
+        pytest.skip(f"the library tells its tile sizes, and is not there: {native.loaded().problem}")
+    chip = types.SimpleNamespace(shared_memory_per_block_optin=kilobytes * 1024)
+    monkeypatch.setattr("jmlr_kernels.ops.resolve_backend", lambda *_: "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    case = AttentionCase(1024, 256, heads=2, kv_heads=1, dim=128)
+    found = attention.executed_flops(case, CPU, torch.bfloat16)
+    # Queries by 128: the first tile of a group meets 128 keys, the second 256, whether they come by 32 or by 64. So do
+    # keys by 128 with their queries. The shifted half begins and ends with half a group.
+    pairs = 128 * (4 * (128 + 256) + (128 + 3 * (128 + 256) + 128))
+    assert found == {
+        FORWARD: 2 * 2 * 128 * pairs, BACKWARD: (3 + 4) * 2 * 128 * pairs, STEP: (2 + 3 + 4) * 2 * 128 * pairs,
+    }  # fmt: skip
+    odd = replace(case, group_size=200)
+    expected = library_flops([1024], 200, 2, 128, torch.bfloat16, kilobytes * 1024)
+    assert attention.executed_flops(odd, CPU, torch.bfloat16) == {
+        FORWARD: expected["forward"],
+        BACKWARD: expected["backward_dq"] + expected["backward_dkdv"],
+        STEP: sum(expected.values()),
+    }
 
 
 def test_rates_and_the_backward_that_was_not_timed() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import host_module
 import torch
 from host_module import load
 
@@ -13,6 +14,11 @@ from jmlr_kernels.shifted_attention.function import lse_like
 
 # Another build of the kernels than load() gives, for seeded bugs.
 kernels: ModuleType | None = None
+
+
+def device(number=0, kilobytes=163):
+    """As ``host_module.device``, of the build in use."""
+    return host_module.device(kernels or load(), number, kilobytes)
 
 
 def poisoned(like):

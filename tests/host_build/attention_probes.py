@@ -66,8 +66,10 @@ LAYOUTS = {
 }
 
 
-def layout(name, dtype, boundary):
+def layout(name, dtype, boundary, wide=None):
+    """`wide`: other columns of a head than the layout's."""
     lead, heads, kv_heads, dim, group_size, lengths = LAYOUTS[name]
+    dim = wide or dim
     options = {key: int32(*values) for key, values in lengths.items()}
     tensors = make_inputs(lead, heads, kv_heads, dim, dtype)
     for x in tensors:  # padding may hold anything
@@ -88,8 +90,10 @@ def layout(name, dtype, boundary):
 # --------------------------------------------------------------------------- corners, each for one dtype
 
 
-def widths(dtype, dim):
-    close(make_inputs((1, 140), 2, 1, dim, dtype), 100)
+def widths(dtype, dim, kilobytes=163):
+    """With `kilobytes` of shared memory for a block, by which the tiles are chosen."""
+    with attention_calls.device(kilobytes=kilobytes):
+        close(make_inputs((1, 140), 2, 1, dim, dtype), 100)
 
 
 def a_token_alone(dtype):
@@ -240,6 +244,15 @@ def far_rows(dtype):
         same(attention_calls.results(*apart, 2, **options), attention_calls.results(*tensors, 2, **options))
 
 
+def several_devices(dtype):
+    """What a launch must ask of a device it asks of each."""
+    tensors = make_inputs((1, 8), 2, 1, 256, dtype)
+    truth = attention_calls.results(*tensors, 4)
+    for number in (1, 0, 2):
+        with attention_calls.device(number):
+            same(attention_calls.results(*tensors, 4), truth)
+
+
 _CORNERS = (a_token_alone, scales, large_scores, log_sums, causality, strides, narrow_heads, gradient_of_a_sum)
-_CORNERS += (order_of_blocks, long_groups, long_lengths, far_rows)
+_CORNERS += (order_of_blocks, long_groups, long_lengths, far_rows, several_devices)
 PROBES = {probe.__name__.replace("_", " "): probe for probe in _CORNERS}

@@ -14,6 +14,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace emulator {
 
@@ -46,6 +47,16 @@ void copy_async(int offset, const void* from, bool valid);
 void commit_copies();
 void wait_copies(int groups_under_way);
 
+// The GPU that the calling thread speaks to: its number, and how much shared memory a block may ask for, in bytes
+// (device.cpp).
+void set_device(int number, int shared_limit);
+int device();
+int shared_limit();
+
+// A kernel's blocks get more than 48 KB only on devices where this was called for it, and never more than the limit.
+void allow_shared_memory(const void* kernel, int bytes);
+void check_shared_memory(const void* kernel, int bytes);
+
 // Runs `kernel` in every thread of every block, blocks in an order drawn from the seed. Throws the first Violation.
 void run_grid(const std::function<void()>& kernel, int64_t blocks, int threads, int shared_bytes);
 
@@ -54,7 +65,7 @@ void register_tensor(const void* data, size_t bytes, bool writable, const std::s
 void forget_tensors();
 void set_seed(uint64_t seed);
 
-// Most shared memory that a block may ask for, in bytes: that of compute capability 8.0.
-constexpr int kSharedLimit = 163 * 1024;
+// Products of the tensor cores (16 rows, 8 columns) that each launch made since the last call.
+std::vector<int64_t> take_products();
 
 }  // namespace emulator

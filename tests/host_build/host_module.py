@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -75,3 +77,13 @@ def load() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def device(module: ModuleType, number: int = 0, kilobytes: int = 163) -> Iterator[ModuleType]:
+    """Within it, kernels run on a GPU of this number, whose blocks may have so much shared memory."""
+    module.set_device(number, kilobytes * 1024)
+    try:
+        yield module
+    finally:
+        module.set_device()

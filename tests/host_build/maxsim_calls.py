@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from host_module import load
+from host_module import device, load
 
 from jmlr_kernels import ops
 from jmlr_kernels.maxsim.gradient_rule import unpack
@@ -29,7 +29,7 @@ def poisoned(shape, dtype):
     return torch.full(tuple(shape), torch.iinfo(dtype).max, dtype=dtype)
 
 
-def _problem(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length):
+def problem(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length):
     return {
         "queries": unit_stride(queries),
         "documents": unit_stride(documents),
@@ -52,7 +52,9 @@ def forward(
     scales = [poisoned(side.shape[:-1] if normalize else (0,), torch.float32) for side in (queries, documents)]
     scores = poisoned(sizes.winners_shape if per_token else sizes.winners_shape[:2], torch.float32)
     winners = poisoned(sizes.winners_shape if need_winners else (0,), code.dtype)
-    problem = _problem(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length)
+    arguments = problem(
+        queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length
+    )
     outputs = {
         "scores": scores,
         "winners": winners if need_winners else None,
@@ -60,7 +62,7 @@ def forward(
         "document_scales": scales[1] if normalize else None,
     }
     (kernels or load()).maxsim_forward(
-        {**problem, "per_token": per_token, "normalize": normalize}, outputs, code.none, code.marked, processors, seed
+        {**arguments, "per_token": per_token, "normalize": normalize}, outputs, code.none, code.marked, processors, seed
     )
     return scores, winners, *scales
 
@@ -83,7 +85,9 @@ def backward(
     grads = poisoned(queries.shape, queries.dtype), poisoned(documents.shape, documents.dtype)
     grad_weights = poisoned((0,) if query_weights is None else query_weights.shape, torch.float32)
     inputs = [tensor for tensor in unpack(rule, rule_tensors) if tensor is not None]
-    problem = _problem(queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length)
+    arguments = problem(
+        queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_length
+    )
     given = {
         "rule": rule,
         **dict(zip(ROLES[rule], inputs, strict=False)),
@@ -96,7 +100,7 @@ def backward(
         "grad_documents": grads[1],
         "grad_weights": None if query_weights is None else grad_weights,
     }
-    (kernels or load()).maxsim_backward(problem, given, outputs, code.none, code.marked, processors, seed)
+    (kernels or load()).maxsim_backward(arguments, given, outputs, code.none, code.marked, processors, seed)
     return *grads, grad_weights.to(queries.dtype if query_weights is None else query_weights.dtype)
 
 
@@ -112,15 +116,16 @@ _IMPLEMENTATIONS = {"maxsim_forward": forward, "maxsim_backward": backward, "max
 
 
 @contextmanager
-def in_place_of_triton(monkeypatch):
-    """Within it, ``backend="triton"`` of MaxSim's public functions runs the emulated CUDA kernels, bfloat16 too."""
+def in_place_of_triton(monkeypatch, implementations=_IMPLEMENTATIONS):
+    """Within it, ``backend="triton"`` of MaxSim's public functions runs the emulated CUDA kernels, bfloat16 too, on a GPU
+    with the least shared memory that one may have: MaxSim's tiles are the same everywhere."""
     original, original_why = ops._implementation, ops._why_not
 
     def replaced(name: str, backend: str) -> Any:  # in front of the cache, which outlives this
-        own = _IMPLEMENTATIONS.get(name) if backend == "triton" else None
+        own = implementations.get(name) if backend == "triton" else None
         return own or original(name, backend)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, device(kernels or load(), kilobytes=99):
         patch.setattr(ops, "_implementation", replaced)
         patch.setattr(
             ops, "_why_not", lambda backend, *rest: None if backend == "triton" else original_why(backend, *rest)

@@ -1,19 +1,22 @@
 // Every CUDA kernel of csrc/, compiled for the CPU over the emulated block.
 #include <pybind11/pybind11.h>
 
-#include "emulator.h"
-
 namespace host_build {
 
+void bind_device(pybind11::module_& module);
 void bind_tiles(pybind11::module_& module);
 void bind_maxsim(pybind11::module_& module);
+void bind_maxsim_compressed(pybind11::module_& module);
+void bind_maxsim_smooth(pybind11::module_& module);
 void bind_shifted_attention(pybind11::module_& module);
 
 }  // namespace host_build
 
 PYBIND11_MODULE(jmlr_host_build, module) {
-    pybind11::register_exception<emulator::Violation>(module, "Violation");
+    host_build::bind_device(module);
     host_build::bind_tiles(module);
     host_build::bind_maxsim(module);
+    host_build::bind_maxsim_compressed(module);
+    host_build::bind_maxsim_smooth(module);
     host_build::bind_shifted_attention(module);
 }

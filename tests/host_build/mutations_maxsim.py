@@ -15,7 +15,14 @@ import torch
 from mutate import first_failure, read_mutations, try_all
 
 DTYPE = torch.float16
-SOURCES = ["emulator.cpp", "maxsim_half.cpp", "maxsim_loss_rows.cpp", "maxsim_module.cpp", "maxsim_sm80.cpp"]
+SOURCES = [
+    "device.cpp",
+    "emulator.cpp",
+    "maxsim_half.cpp",
+    "maxsim_loss_rows.cpp",
+    "maxsim_module.cpp",
+    "maxsim_sm80.cpp",
+]
 _SIGNATURES = (
     "void forward_{0}(const Problem&, const ForwardOutput&, void*, int, void*)",
     "void backward_{0}(const Problem&, const BackwardInput&, const BackwardOutput&, void*, int, void*)",
@@ -25,10 +32,12 @@ EXTRA = {
     "only_maxsim.cpp": """
 #include <pybind11/pybind11.h>
 #include "../../csrc/maxsim/sm80.h"
-#include "emulator.h"
-namespace host_build { void bind_maxsim(pybind11::module_& module); }
+namespace host_build {
+void bind_device(pybind11::module_& module);
+void bind_maxsim(pybind11::module_& module);
+}
 PYBIND11_MODULE(jmlr_host_build, module) {
-    pybind11::register_exception<emulator::Violation>(module, "Violation");
+    host_build::bind_device(module);
     host_build::bind_maxsim(module);
 }
 namespace jmlr::maxsim::sm80 {

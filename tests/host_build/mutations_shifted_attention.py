@@ -15,16 +15,18 @@ import torch
 from mutate import first_failure, read_mutations, try_all
 
 DTYPE = torch.float16
-SOURCES = ["emulator.cpp", "attention_half.cpp", "attention_module.cpp"]
+SOURCES = ["device.cpp", "emulator.cpp", "attention_half.cpp", "attention_module.cpp"]
 # The module's entry, and the element types that are left out.
 EXTRA = {
     "only_attention.cpp": """
 #include <pybind11/pybind11.h>
 #include "../../csrc/shifted_attention/sm80.h"
-#include "emulator.h"
-namespace host_build { void bind_shifted_attention(pybind11::module_& module); }
+namespace host_build {
+void bind_device(pybind11::module_& module);
+void bind_shifted_attention(pybind11::module_& module);
+}
 PYBIND11_MODULE(jmlr_host_build, module) {
-    pybind11::register_exception<emulator::Violation>(module, "Violation");
+    host_build::bind_device(module);
     host_build::bind_shifted_attention(module);
 }
 namespace jmlr::shifted_attention::sm80 {
@@ -47,7 +49,8 @@ def noticed_by(module: ModuleType) -> str | None:
 
     todo = {f"{name}, {boundary}": partial(attention_probes.layout, name, boundary=boundary)
             for name in attention_probes.LAYOUTS for boundary in ("split", "wrap")}  # fmt: skip
-    todo |= {f"{dim} columns": partial(attention_probes.widths, dim=dim) for dim in (33, 256)}
+    todo |= {f"{dim} columns in {kilobytes} KB": partial(attention_probes.widths, dim=dim, kilobytes=kilobytes)
+             for dim, kilobytes in ((33, 163), (256, 163), (128, 162), (256, 99))}  # fmt: skip
     attention_calls.kernels = module
     try:
         return first_failure({**todo, **attention_probes.PROBES}, DTYPE, module.Violation)

@@ -116,7 +116,7 @@ void product(const typename Product<Element, kTransposed>::Params& p) {
     using Kernel = Product<Element, kTransposed>;
     int64_t blocks =
         tiles::ceil_div<int64_t>(p.rows, Kernel::kRows) * tiles::ceil_div<int64_t>(p.columns, Kernel::kColumns);
-    tiles::launch<Kernel>(p, blocks, Kernel::kSharedBytes, nullptr);
+    tiles::launch<Kernel>(p, blocks, nullptr);
 }
 
 }  // namespace host_build

@@ -45,10 +45,21 @@ def _shared(function: types.FunctionType) -> types.FunctionType:
     return copy
 
 
+def on_triton_alone(module: types.ModuleType, without_backend: set[str], left_out: set[str]) -> dict[str, object]:
+    """The tests of a module that name the Triton backend, by names of their own; of one that is all Triton's, all."""
+    ending = module.__name__.removeprefix("test_maxsim_")
+    return {
+        f"{name}_{ending}": _shared(function)
+        for name, function in vars(module).items()
+        if name.startswith("test_")
+        and name not in left_out
+        and (
+            "backend" in inspect.signature(function).parameters
+            or name in without_backend
+            or module.__name__.endswith("_triton")
+        )
+    }
+
+
 for _module in (test_maxsim_corners, test_maxsim_limits, test_maxsim_losses, test_maxsim_triton):
-    for _name, _function in list(vars(_module).items()):
-        if not _name.startswith("test_") or _name in LEFT_OUT:
-            continue
-        _parameters = inspect.signature(_function).parameters
-        if "backend" in _parameters or _name in WITHOUT_BACKEND or _module is test_maxsim_triton:
-            globals()[f"{_name}_{_module.__name__.removeprefix('test_maxsim_')}"] = _shared(_function)
+    globals().update(on_triton_alone(_module, WITHOUT_BACKEND, LEFT_OUT))

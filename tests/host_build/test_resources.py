@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from host_module import HERE
+from host_module import HERE, ROOT
 
 from tools import resources
 
@@ -15,7 +15,7 @@ SOURCE = """
 struct Kernel : host_build::Product<tiles::BFloat16, false> {{
     static constexpr int kMinBlocks = {blocks};
 }};
-void start(const Kernel::Params& params) {{ tiles::launch<Kernel>(params, 1, Kernel::kSharedBytes, nullptr); }}
+void start(const Kernel::Params& params) {{ tiles::launch<Kernel>(params, 1, nullptr); }}
 """
 LISTING = """
 Fatbin elf code:
@@ -46,6 +46,16 @@ def test_listing():
     assert (third.architecture, third.registers) == ("sm_90a", 41)
 
 
+def test_names_hold_the_class_and_the_shared_memory():
+    name = (
+        "void tiles::kernel_entry<Dq<Half, 256, (tiles::SharedMemory)0>, 98304>(Dq<Half, 256, (tiles::SharedMemory)0>)"
+    )
+    kernel = resources._named(resources.Kernel("sm_80", "_Z1k", 40, 0, 16), name)
+    assert (kernel.name, kernel.shared) == ("Dq<Half, 256, small>", 98304 + 16)
+    platform = (ROOT / "csrc" / "tiles" / "platform.h").read_text(encoding="utf-8")
+    assert f"enum class SharedMemory {{ {', '.join(resources._CLASSES)} }};" in platform
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize(("blocks", "verdict"), [(1, 0), (16, 1)])  # 16 blocks leave 32 registers a thread
 def test_spills_fail(blocks, verdict, tmp_path, capsys):
@@ -54,7 +64,8 @@ def test_spills_fail(blocks, verdict, tmp_path, capsys):
     subprocess.run([*command, "-c", "kernel.cu", "-o", "kernel.o"], cwd=tmp_path, check=True)
     assert resources.main([str(tmp_path / "kernel.o")]) == verdict
     lines = capsys.readouterr().out.rstrip().splitlines()
-    assert lines[1].startswith("sm_80") and lines[1].endswith("  Kernel")
+    bytes_asked = (64 + 32) * 32 * 2  # tiles of host_build::Product
+    assert lines[1].startswith("sm_80") and lines[1].endswith(f"{bytes_asked}  Kernel")
     assert lines[-1] == f"1 kernels (sm_80), {verdict} with a stack"
 
 

@@ -1,4 +1,7 @@
-// The tile primitives on their own.
+// The tile primitives on their own, and the launch.
+#include <exception>
+#include <thread>
+
 #include "product.cuh"
 #include "tensor_argument.h"
 
@@ -16,9 +19,36 @@ void run(const TensorArgument& a, const TensorArgument& b, const TensorArgument&
                                    depth, a.strides[0], b.strides[0], whole(a) && whole(b), fault});
 }
 
+struct Large {
+    static constexpr int kSharedBytes = 64 * 1024;
+};
+
+// Many threads launch a kernel for the first time, on several devices at once. Throws where one of them would start it
+// before its shared memory has been asked for.
+void first_launches(int threads, int devices) {
+    std::vector<std::exception_ptr> errors(static_cast<size_t>(threads));
+    std::vector<std::thread> running;
+    for (int i = 0; i < threads; ++i) {
+        running.emplace_back([i, devices, &error = errors[size_t(i)]] {
+            try {
+                emulator::set_device(i % devices, bytes_of(tiles::SharedMemory::small));
+                tiles::ask_once<Large>(tiles::current_device());
+                emulator::check_shared_memory(&tiles::kIdentity<Large>, Large::kSharedBytes);
+            } catch (...) {
+                error = std::current_exception();
+            }
+        });
+    }
+    for (std::thread& thread : running) thread.join();
+    for (const std::exception_ptr& error : errors) {
+        if (error) std::rethrow_exception(error);
+    }
+}
+
 }  // namespace
 
 void bind_tiles(py::module_& module) {
+    module.def("first_launches", &first_launches);
     module.def(
         "product",
         [](const py::object& a, const py::object& b, const py::object& c, bool transposed, int fault, uint64_t seed) {

@@ -163,7 +163,8 @@ def test_which_chips_run_what(target: str, capability: tuple[int, int], runs: bo
     ("driver", "capability", "kilobytes", "problem"),
     [
         (13000, (9, 0), 227, None), (12080, (9, 0), 227, "CUDA 12.8"), (13000, (7, 5), 163, "sm_75"),
-        (13020, (10, 0), 227, None), (13000, (8, 0), 163, None), (13000, (8, 9), 99, "this GPU has 99"),
+        (13020, (10, 0), 227, None), (13000, (8, 0), 163, None), (13000, (8, 9), 99, None),
+        (13000, (12, 0), 99, None), (13000, (7, 5), 64, "this GPU has 64"),
     ],
 )  # fmt: skip
 def test_driver_and_chip_are_looked_at(

@@ -1,0 +1,1 @@
+#include "../../csrc/maxsim/sm80_compressed_half.cu"

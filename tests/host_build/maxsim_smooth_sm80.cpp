@@ -1,0 +1,1 @@
+#include "../../csrc/maxsim/smooth_sm80.cu"
