@@ -110,6 +110,14 @@ def rows_of_any_start(dtype: torch.dtype) -> None:
         assert torch.equal(maxsim_residual(views[0], codes, views[2], table, backend="triton"), coded)
 
 
+def rows_apart(dtype: torch.dtype) -> None:
+    """Rows that start at whole words and end within one, the last of them at the tensor's end."""
+    case, codec = make_case(dimension=20, document_length=70), random_codec(20, 2)
+    codes, residuals = random_codes((4, 70), codec)
+    apart = torch.nn.functional.pad(residuals, (0, 3))[..., :5]
+    close_coded(dtype, case, codec, codes, apart, normalize=True)
+
+
 def tables(dtype: torch.dtype) -> None:
     """Centroids of each dtype, with and without unit length, in one chunk and in several."""
     for table in (torch.float16, torch.bfloat16, torch.float32):
@@ -230,6 +238,7 @@ PROBES: dict[str, Callable[[torch.dtype], None]] = {
     function.__name__: function
     for function in (
         rows_of_any_start,
+        rows_apart,
         tables,
         not_a_number,
         lengths,
