@@ -82,9 +82,9 @@ inline int64_t documents_per_block(int64_t documents, int64_t row_tiles, int64_t
     return best;
 }
 
-// `tiles_of`: forward_tiles, or the like for other documents.
-template <class TilesOf>
-ForwardPlan forward_plan(const Problem& p, const ForwardOutput& out, int processors, TilesOf tiles_of) {
+// `tiles_of`: the tile sizes of the kernel.
+inline ForwardPlan forward_plan(const Problem& p, const ForwardOutput& out, int processors,
+                                ForwardTiles (*tiles_of)(int, int, bool) = forward_tiles) {
     check_sizes(p);
     ForwardPlan plan;
     plan.dimension_block = forward_dimension(p.dimension);

@@ -49,7 +49,7 @@ void zero_uncovered(const Problem& p, void* out, int element_size, void* stream)
 }
 
 int64_t forward_scratch_bytes(const Problem& p, const ForwardOutput& out, int processors) {
-    return forward_plan(p, out, processors, forward_tiles).scratch_bytes;
+    return forward_plan(p, out, processors).scratch_bytes;
 }
 
 void forward(const Problem& p, const ForwardOutput& out, void* scratch, int processors, void* stream) {

@@ -53,7 +53,8 @@ public:
             if (chunks) {
                 copy_async(to, inside ? from + column : from, inside);
             } else if constexpr (sizeof(Element) == 1) {
-                to.template as<Chunk>().write(0, bytes_of(from + column, inside ? columns - column : 0));
+                to.template as<Chunk>().write(0,
+                                              bytes_of(inside ? from + column : from, inside ? columns - column : 0));
             } else {
                 for (int j = 0; j < kPerChunk; ++j)
                     to.write(j, inside && column + j < columns ? load(from + column + j) : Element{});

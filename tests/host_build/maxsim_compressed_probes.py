@@ -13,7 +13,7 @@ from typing import Any
 import maxsim_calls
 import torch
 from compressed_cases import check_scores
-from maxsim_cases import make_case
+from maxsim_cases import Case, make_case
 from test_maxsim_residual import random_codec, random_codes
 from torch import Tensor
 
@@ -57,6 +57,13 @@ def close(
         return
     codec = random_codec(case.documents.shape[-1], int(form[-1]), table)
     codes, residuals = random_codes(tuple(case.documents.shape[:-1]), codec)
+    close_coded(dtype, case, codec, codes, residuals, normalize)
+
+
+def close_coded(
+    dtype: torch.dtype, case: Case, codec: ResidualCodec, codes: Tensor, residuals: Tensor, normalize: bool
+) -> None:
+    """The same for residual codes in place of the case's documents."""
     # Tokens are rounded to the queries' dtype, once: what is left to err is the sum.
     precise = torch.float64 if dtype == torch.float32 else torch.float32
     decoded = residual_decompress(codes, residuals, codec, normalize=normalize, dtype=precise)
@@ -101,6 +108,14 @@ def rows_of_any_start(dtype: torch.dtype) -> None:
         assert torch.equal(found, expected)
         table = ResidualCodec(views[3], codec.bucket_weights)
         assert torch.equal(maxsim_residual(views[0], codes, views[2], table, backend="triton"), coded)
+
+
+def rows_apart(dtype: torch.dtype) -> None:
+    """Rows that start at whole words and end within one, the last of them at the tensor's end."""
+    case, codec = make_case(dimension=20, document_length=70), random_codec(20, 2)
+    codes, residuals = random_codes((4, 70), codec)
+    apart = torch.nn.functional.pad(residuals, (0, 3))[..., :5]
+    close_coded(dtype, case, codec, codes, apart, normalize=True)
 
 
 def tables(dtype: torch.dtype) -> None:
@@ -159,17 +174,14 @@ def not_a_number(dtype: torch.dtype) -> None:
 def lengths(dtype: torch.dtype) -> None:
     """Unit length of a token of any length, float16's range or not; a token of length zero scores zero."""
     for dimension in (24, 152):
-        draw = torch.Generator().manual_seed(0)
-        centroids = torch.randn(11, dimension, generator=draw) * torch.logspace(-8, 8, 11)[:, None]
-        codec = ResidualCodec(centroids, torch.zeros(4))
-        queries = torch.randn(2, 3, dimension, generator=draw).to(dtype)
+        case = make_case(documents=11, document_length=1, dimension=dimension)
+        lengths = torch.logspace(-8, 8, 11)[:, None]
+        codec = ResidualCodec(case.documents[:, 0].float() * lengths, torch.zeros(4))
         codes = torch.arange(11, dtype=torch.int32)[:, None]
         residuals = torch.zeros(11, 1, dimension // 4, dtype=torch.uint8)
-        found = maxsim_residual(queries, codes, residuals, codec, backend="triton")
-        torch.testing.assert_close(found, maxsim_residual(queries, codes, residuals, codec, backend="torch"),
-                                   rtol=2e-3 if dtype == torch.float16 else 2e-2, atol=1e-2)  # fmt: skip
+        close_coded(dtype, case, codec, codes, residuals, normalize=True)
         empty = ResidualCodec(torch.zeros(1, dimension), torch.zeros(4))
-        assert (maxsim_residual(queries, codes * 0, residuals, empty, backend="triton") == 0).all()
+        assert (maxsim_residual(case.queries.to(dtype), codes * 0, residuals, empty, backend="triton") == 0).all()
 
 
 def excluded_anything(dtype: torch.dtype) -> None:
@@ -226,6 +238,7 @@ PROBES: dict[str, Callable[[torch.dtype], None]] = {
     function.__name__: function
     for function in (
         rows_of_any_start,
+        rows_apart,
         tables,
         not_a_number,
         lengths,
