@@ -33,13 +33,17 @@ _CLASSES = ("small", "large")  # as csrc/tiles/platform.h declares them
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel needs: 32-bit registers of a thread, bytes of stack and of shared memory of either kind."""
+    """What one kernel needs: 32-bit registers of a thread, bytes of stack, of static and of dynamic shared memory.
+
+    From sm_90 on the static ones hold the kilobyte that the system takes of each block, which no limit counts.
+    """
 
     architecture: str
     name: str
     registers: int
     stack: int
     shared: int
+    dynamic: int = 0
 
 
 def _demangle(names: list[str]) -> list[str]:
@@ -55,7 +59,7 @@ def _named(kernel: Kernel, name: str) -> Kernel:
     if entry is None:
         return replace(kernel, name=name)
     short = _CLASS.sub(lambda number: _CLASSES[int(number[1])], entry[1])
-    return replace(kernel, name=short, shared=kernel.shared + int(entry[2]))
+    return replace(kernel, name=short, dynamic=int(entry[2]))
 
 
 def parse(listing: str) -> list[Kernel]:
@@ -95,9 +99,10 @@ def read(path: Path) -> list[Kernel]:
 
 
 def rows(kernels: list[Kernel]) -> Iterator[str]:
-    yield f"{'arch':<8}{'registers':>9}{'stack':>7}{'shared':>8}  kernel"
+    yield f"{'arch':<8}{'registers':>9}{'stack':>7}{'static':>8}{'dynamic':>9}  kernel"
     for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.architecture)):
-        yield f"{kernel.architecture:<8}{kernel.registers:>9}{kernel.stack:>7}{kernel.shared:>8}  {kernel.name}"
+        numbers = f"{kernel.registers:>9}{kernel.stack:>7}{kernel.shared:>8}{kernel.dynamic:>9}"
+        yield f"{kernel.architecture:<8}{numbers}  {kernel.name}"
 
 
 def main(arguments: list[str] | None = None) -> int:

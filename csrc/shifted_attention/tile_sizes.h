@@ -30,7 +30,9 @@ constexpr int block_d_of(int64_t head_dim) {
 }
 
 // Chosen so that nothing spills and two stages of tiles fit the shared memory, and then so that few blocks read the
-// same rows and few warps the same fragments. No choice has been timed.
+// same rows and few warps the same fragments. The small choices stream half as much at a time, which costs barriers and
+// fragments loaded for fewer products, or own half the rows: so the large ones stay where there is room. No choice has
+// been timed.
 constexpr TileSizes tile_sizes(Kernel kernel, int element_bytes, int block_d, SharedMemory shared) {
     bool wide = element_bytes == 4, small = shared == SharedMemory::small;
     switch (kernel) {

@@ -72,9 +72,9 @@ def library_flops(
     """
     dim, *sizes = native.function("shifted_attention_tile_sizes")(dtype.itemsize, head_dim, shared_bytes)
     flops = {}
-    for i, (kernel, (of_scores, of_sums, count)) in enumerate(_LIBRARY.items()):
+    for i, (kernel, (of_scores, of_sums)) in enumerate(_LIBRARY.items()):
         block_m, block_n, parts = sizes[3 * i : 3 * i + 3]
-        walked = _walked(count, lengths, group_size, heads, block_m, block_n, boundary)
+        walked = _walked(_KERNELS[kernel][1], lengths, group_size, heads, block_m, block_n, boundary)
         flops[kernel] = 2 * (of_scores * parts + of_sums) * dim * block_m * block_n * walked
     return flops
 
@@ -153,27 +153,6 @@ def group_query_tiles(length: int, group_size: int, block_m: int, block_n: int, 
     return sum(_tiles(_group_end(last, shift, group_size, length) - tile, block_m) for tile, last in last_keys)
 
 
-def library_key_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
-    """:func:`key_tiles` of the CUDA kernels: from the first query's group's start to the query tile's end."""
-    return sum(
-        _tiles(min(tile + block_m, length) - _group_start(tile, shift, group_size), block_n)
-        for tile in range(0, length, block_m)
-    )
-
-
-def library_query_tiles(length: int, group_size: int, block_m: int, block_n: int, shift: int = 0, roll: int = 0) -> int:
-    """:func:`query_tiles` of the CUDA kernels: from the key tile's start to its last key's group's end."""
-    walked = 0
-    for tile in range(0, length, block_n):
-        last = min(tile + block_n, length) - 1
-        if tile < roll <= last:
-            walked += _tiles(length, block_m)
-            continue
-        low = tile - roll if tile >= roll else tile - roll + length
-        walked += _tiles(_group_end(low + last - tile, shift, group_size, length) - low, block_m)
-    return walked
-
-
 def _shift_and_roll(length: int, group_size: int, boundary: str) -> tuple[int, int]:
     """Of the shifted heads; see triton_common.py."""
     if boundary == "split":
@@ -204,9 +183,6 @@ _KERNELS: dict[str, tuple[int, Callable[[int, int, int, int, int, int], int]]] =
     "backward_dkdv_tma": (4, group_query_tiles),
 }
 
-# Of the CUDA kernels: products that give scores, products that sum over scores, and the tiles walked.
-_LIBRARY: dict[str, tuple[int, int, Callable[[int, int, int, int, int, int], int]]] = {
-    "forward": (1, 1, library_key_tiles),
-    "backward_dq": (2, 1, library_key_tiles),
-    "backward_dkdv": (2, 2, library_query_tiles),
-}
+# Of the native library's kernels: products that give scores, and products that sum over scores. Their tiles are walked
+# as those of the Triton kernels of the same name.
+_LIBRARY = {"forward": (1, 1), "backward_dq": (2, 1), "backward_dkdv": (2, 2)}

@@ -117,8 +117,9 @@ _IMPLEMENTATIONS = {"maxsim_forward": forward, "maxsim_backward": backward, "max
 
 @contextmanager
 def in_place_of_triton(monkeypatch, implementations=_IMPLEMENTATIONS):
-    """Within it, ``backend="triton"`` of MaxSim's public functions runs the emulated CUDA kernels, bfloat16 too, on a GPU
-    with the least shared memory that one may have: MaxSim's tiles are the same everywhere."""
+    """Within it, ``backend="triton"`` of MaxSim's public functions runs the emulated CUDA kernels, bfloat16 too.
+
+    The GPU has the least shared memory that one may have: MaxSim's tiles are the same everywhere."""
     original, original_why = ops._implementation, ops._why_not
 
     def replaced(name: str, backend: str) -> Any:  # in front of the cache, which outlives this

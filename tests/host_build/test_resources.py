@@ -51,7 +51,7 @@ def test_names_hold_the_class_and_the_shared_memory():
         "void tiles::kernel_entry<Dq<Half, 256, (tiles::SharedMemory)0>, 98304>(Dq<Half, 256, (tiles::SharedMemory)0>)"
     )
     kernel = resources._named(resources.Kernel("sm_80", "_Z1k", 40, 0, 16), name)
-    assert (kernel.name, kernel.shared) == ("Dq<Half, 256, small>", 98304 + 16)
+    assert (kernel.name, kernel.shared, kernel.dynamic) == ("Dq<Half, 256, small>", 16, 98304)
     platform = (ROOT / "csrc" / "tiles" / "platform.h").read_text(encoding="utf-8")
     assert f"enum class SharedMemory {{ {', '.join(resources._CLASSES)} }};" in platform
 
