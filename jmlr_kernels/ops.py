@@ -203,7 +203,9 @@ for _operation in _TABLE:
     _register(_operation)
 
 
-# Bound once: looking them up would cost as much as calling them. They are torch's own business: a release without one
+# Bound once: looking them up would cost as much as calling them.
+any_autocast = torch._C._is_any_autocast_enabled
+# These are torch's own business: a release without one
 # of them gets the ordinary ways, some microseconds slower.
 try:
     _modes = torch._C._len_torch_dispatch_stack

@@ -8,6 +8,7 @@
 #include <functional>
 
 #include "compressed_problem.h"
+#include "loss_rows.h"
 
 namespace jmlr::maxsim::cpu {
 
@@ -24,6 +25,9 @@ void quantized_forward(const Problem& problem, const QuantizedDocuments& documen
                        const Threads& threads);
 void residual_forward(const Problem& problem, const ResidualDocuments& documents, float* scores,
                       const Threads& threads);
+
+// Throws nothing: all sizes are good.
+void loss_rows(const LossRows& rows, const Threads& threads);
 
 // "portable", "avx2", "avx512" or "avx512bf16". Throws where JMLR_CPU_ISA asks for what cannot run.
 const char* instruction_set();

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "loss_rows.h"
 #include "problem.h"
 
 namespace jmlr::maxsim::sm80 {
@@ -18,6 +19,8 @@ void forward(const Problem&, const ForwardOutput&, void* scratch, int processors
 
 int64_t backward_scratch_bytes(const Problem&, const BackwardInput&, int processors);
 void backward(const Problem&, const BackwardInput&, const BackwardOutput&, void* scratch, int processors, void* stream);
+
+void loss_rows(const LossRows&, void* stream);
 
 // One per element type, each in its own file.
 void forward_float(const Problem&, const ForwardOutput&, void* scratch, int processors, void* stream);

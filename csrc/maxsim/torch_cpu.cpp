@@ -59,6 +59,11 @@ Tensor maxsim_residual_forward(Tensor queries, Tensor codes, Tensor residuals, T
                                  query_weights, cu_seqlens, normalize, candidates);
 }
 
+Tensor maxsim_loss_rows(Tensor scores, OptionalTensor target, Tensor temperatures, std::string rule) {
+    const auto run = [](const LossRows& rows) { cpu::loss_rows(rows, torch_threads()); };
+    return loss_rows_with(run, scores, target, temperatures, rule);
+}
+
 std::string cpu_instructions() { return cpu::instruction_set(); }
 
 }  // namespace
@@ -69,6 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CPU, library) {
     library.impl("maxsim_backward", TORCH_BOX(&jmlr::maxsim::maxsim_backward));
     library.impl("maxsim_quantized_forward", TORCH_BOX(&jmlr::maxsim::maxsim_quantized_forward));
     library.impl("maxsim_residual_forward", TORCH_BOX(&jmlr::maxsim::maxsim_residual_forward));
+    library.impl("maxsim_loss_rows", TORCH_BOX(&jmlr::maxsim::maxsim_loss_rows));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CompositeExplicitAutograd, library) {

@@ -39,10 +39,17 @@ std::tuple<Tensor, Tensor, Tensor> maxsim_backward(std::vector<Tensor> rule_tens
                          cu_seqlens, query_scales, document_scales, rule, candidates, max_length);
 }
 
+Tensor maxsim_loss_rows(Tensor scores, OptionalTensor target, Tensor temperatures, std::string rule) {
+    const OnDeviceOf device(scores);
+    const auto run = [&scores](const LossRows& rows) { sm80::loss_rows(rows, current_cuda_stream(scores)); };
+    return loss_rows_with(run, scores, target, temperatures, rule);
+}
+
 }  // namespace
 }  // namespace jmlr::maxsim
 
 STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CUDA, library) {
     library.impl("maxsim_forward", TORCH_BOX(&jmlr::maxsim::maxsim_forward));
     library.impl("maxsim_backward", TORCH_BOX(&jmlr::maxsim::maxsim_backward));
+    library.impl("maxsim_loss_rows", TORCH_BOX(&jmlr::maxsim::maxsim_loss_rows));
 }

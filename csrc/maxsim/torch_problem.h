@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../tensors.h"
+#include "loss_rows.h"
 #include "problem.h"
 
 namespace jmlr::maxsim {
@@ -276,6 +277,43 @@ std::tuple<Tensor, Tensor, Tensor> backward_with(Run run, std::vector<Tensor> ru
         grad_weights = torch::stable::to(grad_weights, query_weights->scalar_type());
     }
     return {grad_queries, grad_documents, grad_weights};
+}
+
+// The operation maxsim_loss_rows; `run` takes the rows.
+template <class Run>
+Tensor loss_rows_with(Run run, Tensor scores, OptionalTensor target, Tensor temperatures, std::string rule) {
+    check_dim("scores", scores, 2);
+    check_dtype("scores", scores, ScalarType::Float);
+    check_shape("temperatures", temperatures, {2});
+    check_dtype("temperatures", temperatures, ScalarType::Float);
+    check_device("temperatures", temperatures, scores);
+    check(rule == "labels" || rule == "teacher" || rule == "margins", "rule '", rule,
+          "' is not one of labels, teacher, margins");
+    LossRows rows;
+    rows.rule = rule == "labels" ? Rule::labels : rule == "teacher" ? Rule::teacher : Rule::margins;
+    check(target.has_value() || rows.rule == Rule::labels, "rule '", rule, "' needs the teacher's scores as target");
+    rows.query_count = scores.size(0);
+    rows.documents_per_query = scores.size(1);
+    check(rows.documents_per_query > 0 || rows.query_count == 0, "scores [", rows.query_count,
+          ", 0] are of no document: a loss needs one at least");
+    const Tensor own = torch::stable::contiguous(scores), factors = torch::stable::contiguous(temperatures);
+    OptionalTensor aim;
+    if (target) {
+        const bool labels = rows.rule == Rule::labels;
+        check_shape(labels ? "labels" : "the teacher's scores", *target,
+                    labels ? std::vector<int64_t>{rows.query_count} : all_sizes(scores));
+        check_dtype(labels ? "labels" : "the teacher's scores", *target, labels ? ScalarType::Long : ScalarType::Float);
+        check_device("target", *target, scores);
+        aim = torch::stable::contiguous(*target);
+        if (labels) rows.labels = static_cast<const int64_t*>(aim->const_data_ptr());
+        else rows.teacher = static_cast<const float*>(aim->const_data_ptr());
+    }
+    Tensor statistics = new_tensor(scores, {rows.query_count, 6}, ScalarType::Float);
+    rows.scores = static_cast<const float*>(own.const_data_ptr());
+    rows.temperatures = static_cast<const float*>(factors.const_data_ptr());
+    rows.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+    run(rows);
+    return statistics;
 }
 
 }  // namespace jmlr::maxsim

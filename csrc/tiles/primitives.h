@@ -5,9 +5,10 @@
 //   block_index()  block_count()                   within the grid, one-dimensional
 //   sync_block()  sync_warp()                      barriers that also order memory
 //   load(pointer)  store(pointer, value)           global memory; 1 to 16 bytes, aligned to their size
-//   Shared<T>                                      a pointer into the block's shared memory: + n, read(n), write(n,
-//   value) shared_memory<T>(bytes)                        Shared<T> at a byte offset copy_async(shared, global, valid)
-//   16 bytes, both sides aligned to 16; zeros if not valid, and then
+//   Shared<T>                                      a pointer into the block's shared memory: + n, read(n),
+//                                                  write(n, value)
+//   shared_memory<T>(bytes)                        Shared<T> at a byte offset
+//   copy_async(shared, global, valid)              16 bytes, both sides aligned to 16; zeros if not valid, and then
 //                                                  `global` is not read. Visible to the thread itself after a wait, to
 //                                                  the others after a wait and a barrier.
 //   commit_copies()  wait_copies<n>()              close a group of copies; wait until at most n groups are under way

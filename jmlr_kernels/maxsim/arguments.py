@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import any_autocast
+
 
 def autocast(tensor: Tensor) -> Tensor:
     """The tensor in autocast's dtype where autocast is on; float64 stays."""
-    if not torch._C._is_any_autocast_enabled() or tensor.dtype == torch.float64:
+    if not any_autocast() or tensor.dtype == torch.float64:
         return tensor
     device = tensor.device.type
     if not torch.amp.is_autocast_available(device):
@@ -49,7 +51,8 @@ def check(
 
     Returns the longest packed document's length where it is known without waiting for a GPU, else 0.
     """
-    query_shape, document_shape, device = queries.shape, documents.shape, queries.device
+    query_shape, document_shape = queries.shape, documents.shape
+    dtype, device = queries.dtype, queries.device
     if len(query_shape) != 3 or query_shape[2] == 0:
         raise ValueError(f"queries must be [Nq, Lq, D] with D >= 1, but its shape is {list(query_shape)}")
     if cu_seqlens is not None:
@@ -68,19 +71,21 @@ def check(
         raise ValueError(
             f"documents hold candidates for {document_shape[0]} queries, but there are {query_shape[0]} queries"
         )
-    if queries.dtype != documents.dtype or not queries.is_floating_point():
-        raise TypeError(
-            f"queries are {queries.dtype} and documents {documents.dtype}; both must share one floating dtype"
-        )
+    if dtype != documents.dtype or not dtype.is_floating_point:
+        raise TypeError(f"queries are {dtype} and documents {documents.dtype}; both must share one floating dtype")
+    if documents.device != device:
+        raise _elsewhere("documents", documents, device)
     longest = 0
     if cu_seqlens is not None:
+        if cu_seqlens.device != device:
+            raise _elsewhere("cu_seqlens", cu_seqlens, device)
         longest = _check_offsets(cu_seqlens, documents, query_shape[0] if candidates else None, max_seqlen)
     elif max_seqlen is not None:
         raise ValueError("max_seqlen is for packed documents; leave it out, or pass cu_seqlens")
-    if query_mask is not None:  # slices of a shape are not for free
-        _check_mask("query_mask", query_mask, query_shape[:2])
-    if document_mask is not None:
-        _check_mask("document_mask", document_mask, document_shape[:-1])
+    if query_mask is None and document_mask is None and query_weights is None:
+        return longest
+    _check_mask("query_mask", query_mask, query_shape[:2])
+    _check_mask("document_mask", document_mask, document_shape[:-1])
     if query_weights is not None:
         if query_weights.shape != query_shape[:2]:
             raise ValueError(
@@ -89,12 +94,18 @@ def check(
             )
         if not query_weights.dtype.is_floating_point:
             raise TypeError(f"query_weights must be floating, but is {query_weights.dtype}; call .float() on it")
-    others = (documents, query_mask, document_mask, query_weights, cu_seqlens)
-    for position, tensor in enumerate(others):
+    for name, tensor in (
+        ("query_mask", query_mask),
+        ("document_mask", document_mask),
+        ("query_weights", query_weights),
+    ):
         if tensor is not None and tensor.device != device:
-            name = ("documents", "query_mask", "document_mask", "query_weights", "cu_seqlens")[position]
-            raise ValueError(f"{name} is on {tensor.device} and queries on {device}; move them together")
+            raise _elsewhere(name, tensor, device)
     return longest
+
+
+def _elsewhere(name: str, tensor: Tensor, device: torch.device) -> ValueError:
+    return ValueError(f"{name} is on {tensor.device} and queries on {device}; move them together")
 
 
 def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:

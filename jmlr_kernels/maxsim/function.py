@@ -237,7 +237,7 @@ def prepare(
     longest = arguments.check(
         queries, documents, query_mask, document_mask, query_weights, cu_seqlens, candidates, max_seqlen
     )
-    if torch._C._is_any_autocast_enabled():
+    if ops.any_autocast():
         queries, documents = arguments.autocast(queries), arguments.autocast(documents)
     tensors = (queries, documents, query_mask, document_mask, query_weights, cu_seqlens)
     return tensors, Switches(candidates, normalize, longest, ops.resolve_backend(backend, queries, operation))

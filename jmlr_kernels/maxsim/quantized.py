@@ -106,7 +106,8 @@ def maxsim_quantized(
             f"scales must be {list(values.shape[:-1])}, one per token, but its shape is {list(scales.shape)}"
         )
     queries = autocast(queries)
-    return torch.ops.jmlr_kernels.maxsim_quantized_forward(
+    return ops.call(
+        "maxsim_quantized_forward",
         queries,
         values,
         scales,

@@ -225,7 +225,8 @@ def maxsim_residual(
         )
     _check_codes(codes, document_mask, codec)
     queries = autocast(queries)
-    return torch.ops.jmlr_kernels.maxsim_residual_forward(
+    return ops.call(
+        "maxsim_residual_forward",
         queries,
         codes,
         residuals,

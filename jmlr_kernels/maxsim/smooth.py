@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import ops
 from .function import prepare, wants_gradient
 from .layout import layout_of, score_dtype
 
@@ -66,8 +67,8 @@ def maxsim_smooth(
         "maxsim_smooth_forward",
     )  # fmt: skip
     if wants_gradient(tensors):
-        return _MaxSimSmooth.apply(*tensors, candidates, temperature, switches.backend)
-    return torch.ops.jmlr_kernels.maxsim_smooth_forward(*tensors, candidates, temperature, False, switches.backend)[0]
+        return ops.apply(_MaxSimSmooth, *tensors, candidates, temperature, switches.backend)
+    return ops.call("maxsim_smooth_forward", *tensors, candidates, temperature, False, switches.backend)[0]
 
 
 class _MaxSimSmooth(torch.autograd.Function):
@@ -84,18 +85,8 @@ class _MaxSimSmooth(torch.autograd.Function):
         temperature: float,
         backend: str,
     ) -> Tensor:
-        scores, maxima = torch.ops.jmlr_kernels.maxsim_smooth_forward(
-            queries,
-            documents,
-            query_mask,
-            document_mask,
-            query_weights,
-            cu_seqlens,
-            candidates,
-            temperature,
-            True,
-            backend,
-        )
+        tensors = (queries, documents, query_mask, document_mask, query_weights, cu_seqlens)
+        scores, maxima = ops.call("maxsim_smooth_forward", *tensors, candidates, temperature, True, backend)
         # Excluded query tokens are known by their maxima, so the query mask is not needed again.
         ctx.save_for_backward(queries, documents, maxima, document_mask, query_weights, cu_seqlens)
         ctx.candidates, ctx.temperature, ctx.backend = candidates, temperature, backend
@@ -104,8 +95,8 @@ class _MaxSimSmooth(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
-        grad_queries, grad_documents, grad_weights = torch.ops.jmlr_kernels.maxsim_smooth_backward(
-            grad_scores, *ctx.saved_tensors, ctx.candidates, ctx.temperature, ctx.backend
+        grad_queries, grad_documents, grad_weights = ops.call(
+            "maxsim_smooth_backward", grad_scores, *ctx.saved_tensors, ctx.candidates, ctx.temperature, ctx.backend
         )
         if ctx.saved_tensors[4] is None:
             grad_weights = None

@@ -62,11 +62,12 @@ def shifted_sparse_attention(
     The backward pass is deterministic on every backend; a second derivative is not defined. Forward memory of the
     Triton kernels is the output and one float32 per query row and head.
     """
-    q, k, v = _autocast(q, k, v)
-    _check(q, k, v, group_size, cu_seqlens, seq_lens, boundary)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if ops.any_autocast():
+        q, k, v = _autocast(q, k, v)
+    head_dim = _check(q, k, v, group_size, cu_seqlens, seq_lens, boundary)
+    scale = head_dim**-0.5 if scale is None else float(scale)
     chosen = ops.resolve_backend(backend, q, "shifted_attention_forward")
-    if chosen in ("cuda", "triton") and q.shape[-1] > config.WIDEST_HEAD:
+    if head_dim > config.WIDEST_HEAD and chosen in ("cuda", "triton"):
         chosen = _too_wide(backend)
     wrap = boundary == "wrap"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -147,8 +148,6 @@ def _too_wide(requested: str) -> str:
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The rule of torch's own attention: under autocast, floating inputs but float64 take the autocast dtype."""
-    if not torch._C._is_any_autocast_enabled():
-        return tensors
     device = tensors[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
@@ -167,16 +166,17 @@ def _check(
     cu_seqlens: torch.Tensor | None,
     seq_lens: torch.Tensor | None,
     boundary: str,
-) -> None:
+) -> int:
+    """The dimension of a head; raises ValueError where an argument does not fit."""
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary={boundary!r}: choose 'split' or 'wrap'")
-    if not hasattr(group_size, "__index__") or group_size < 2:
+    if (type(group_size) is not int and not hasattr(group_size, "__index__")) or group_size < 2:
         raise ValueError(f"group_size={group_size!r}: give a length of at least 2 tokens as an int, not a ratio")
     if cu_seqlens is not None and seq_lens is not None:
         raise ValueError("cu_seqlens and seq_lens exclude each other: packed rows have no padding; give one of them")
-    packed = cu_seqlens is not None
-    shape, kv_shape, dim = q.shape, k.shape, 3 if packed else 4
+    shape, kv_shape, dim = q.shape, k.shape, 4 if cu_seqlens is None else 3
     if len(shape) != dim:
+        packed = cu_seqlens is not None
         layout = "[T, H, D] with cu_seqlens" if packed else "[B, S, H, D] (for packed [T, H, D] give cu_seqlens)"
         raise ValueError(f"q has shape {tuple(shape)}; expected {layout}")
     if (
@@ -189,23 +189,26 @@ def _check(
         raise ValueError(
             f"k {tuple(kv_shape)} and v {tuple(v.shape)} must have the shape of q {tuple(shape)} but for the heads"
         )
-    if kv_shape[-2] == 0 or shape[-2] == 0 or shape[-2] % kv_shape[-2] != 0:
-        raise ValueError(f"{shape[-2]} query heads over {kv_shape[-2]} kv heads: give a multiple of the kv heads")
-    if shape[-1] == 0:
+    heads, kv_heads, head_dim = shape[-2], kv_shape[-2], shape[-1]
+    if kv_heads == 0 or heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"{heads} query heads over {kv_heads} kv heads: give a multiple of the kv heads")
+    if head_dim == 0:
         raise ValueError(f"q has shape {tuple(shape)}: give heads of at least one dimension")
-    if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
+    dtype, device = q.dtype, q.device
+    if not (k.dtype == dtype == v.dtype) or dtype not in DTYPES:
         raise ValueError(
-            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: cast them to one floating dtype of 16, 32 or 64 bits"
+            f"q, k, v are {dtype}, {k.dtype}, {v.dtype}: cast them to one floating dtype of 16, 32 or 64 bits"
         )
-    if not (q.device == k.device == v.device):
-        raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one device")
-    if shape[-1] > 1 and not (q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
+    if not (k.device == device == v.device):
+        raise ValueError(f"q, k, v are on {device}, {k.device}, {v.device}: move them to one device")
+    if head_dim > 1 and not (q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
         name, tensor = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.stride(-1) != 1)
         raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension: call {name}.contiguous()")
     if cu_seqlens is not None:
         _check_lengths("cu_seqlens", cu_seqlens, q, None)
     if seq_lens is not None:
         _check_lengths("seq_lens", seq_lens, q, q.shape[0])
+    return head_dim
 
 
 def _check_lengths(name: str, lengths: torch.Tensor, q: torch.Tensor, expected: int | None) -> None:

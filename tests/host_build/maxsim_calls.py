@@ -100,7 +100,15 @@ def backward(
     return *grads, grad_weights.to(queries.dtype if query_weights is None else query_weights.dtype)
 
 
-_IMPLEMENTATIONS = {"maxsim_forward": forward, "maxsim_backward": backward}
+def loss_rows(scores, target, temperatures, rule):
+    """Statistics [Nq, 6]: as ``triton_losses.loss_rows``."""
+    statistics = poisoned((scores.shape[0], 6), torch.float32)
+    target = None if target is None else target.contiguous()
+    (kernels or load()).maxsim_loss_rows(rule, scores.contiguous(), target, temperatures, statistics, seed)
+    return statistics
+
+
+_IMPLEMENTATIONS = {"maxsim_forward": forward, "maxsim_backward": backward, "maxsim_loss_rows": loss_rows}
 
 
 @contextmanager

@@ -130,11 +130,28 @@ void backward_call(const py::dict& arguments, const py::dict& given, const py::d
     sm80::backward(p, in, out, scratch.data(), processors, nullptr);
 }
 
+void loss_rows_call(const std::string& rule, const py::object& scores, const py::object& target,
+                    const py::object& temperatures, const py::object& statistics, uint64_t seed) {
+    Tensors tensors(seed);
+    TensorArgument own = tensors.input(scores, "scores"), aim = tensors.input(target, "target");
+    LossRows rows;
+    rows.rule = rule_of(rule);
+    rows.query_count = own.sizes[0];
+    rows.documents_per_query = own.sizes[1];
+    rows.scores = own.as<float>();
+    if (rows.rule == Rule::labels) rows.labels = aim.as<int64_t>();
+    else rows.teacher = aim.as<float>();
+    rows.temperatures = tensors.input(temperatures, "temperatures").as<float>();
+    rows.statistics = tensors.output(statistics, "statistics").as<float>();
+    sm80::loss_rows(rows, nullptr);
+}
+
 }  // namespace
 
 void bind_maxsim(py::module_& module) {
     module.def("maxsim_forward", &forward_call);
     module.def("maxsim_backward", &backward_call);
+    module.def("maxsim_loss_rows", &loss_rows_call);
 }
 
 }  // namespace host_build

@@ -12,6 +12,7 @@ import maxsim_calls
 import torch
 from maxsim_cases import Case, make_case
 from oracles import assert_as_exact_as_torch
+from test_maxsim_losses import test_row_statistics_of_infinities_and_nan
 
 from jmlr_kernels import maxsim, maxsim_tokens
 from jmlr_kernels.maxsim import torch_chunked
@@ -258,6 +259,11 @@ def turns(dtype: torch.dtype) -> None:
         assert all(torch.equal(value, results[0][name]) for name, value in found.items())
 
 
+def row_statistics(dtype: torch.dtype) -> None:
+    """The losses' statistics of long rows; they are float32 whatever `dtype` the embeddings have."""
+    test_row_statistics_of_infinities_and_nan("triton")
+
+
 PROBES: dict[str, Callable[[torch.dtype], None]] = {
     function.__name__: function
     for function in (
@@ -275,5 +281,6 @@ PROBES: dict[str, Callable[[torch.dtype], None]] = {
         documents_split_among_warps,
         uncovered_tokens,
         turns,
+        row_statistics,
     )
 }

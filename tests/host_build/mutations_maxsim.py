@@ -15,7 +15,7 @@ import torch
 from mutate import first_failure, read_mutations, try_all
 
 DTYPE = torch.float16
-SOURCES = ["emulator.cpp", "maxsim_half.cpp", "maxsim_module.cpp", "maxsim_sm80.cpp"]
+SOURCES = ["emulator.cpp", "maxsim_half.cpp", "maxsim_loss_rows.cpp", "maxsim_module.cpp", "maxsim_sm80.cpp"]
 _SIGNATURES = (
     "void forward_{0}(const Problem&, const ForwardOutput&, void*, int, void*)",
     "void backward_{0}(const Problem&, const BackwardInput&, const BackwardOutput&, void*, int, void*)",

@@ -16,6 +16,7 @@ from jmlr_kernels import maxsim_contrastive_loss, maxsim_distillation_loss
 from jmlr_kernels.maxsim import torch_chunked
 from jmlr_kernels.maxsim.losses import _losses
 from jmlr_kernels.maxsim.reference import maxsim_reference
+from jmlr_kernels.maxsim.torch_losses import loss_rows
 
 hypothesis = pytest.importorskip("hypothesis")
 strategies = hypothesis.strategies
@@ -183,7 +184,7 @@ def _against_float64(backend: str, kind: str, dtype: torch.dtype, seed: int) -> 
     ]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["labels", "teacher", "margins"])
 def test_row_statistics_match_float64(kind: str, backend: str) -> None:
     """Loss and d(temperature) of a hundred rows, and the probabilities that the backward pass makes of a row."""
@@ -217,6 +218,42 @@ def test_row_statistics_match_float64(kind: str, backend: str) -> None:
     names = ["loss", "d(temperature)", "probability"][: len(found)]
     for name, *triple in zip(names, found, plain(torch.float32), plain(torch.float64), strict=True):
         assert_as_exact_as_torch(f"{kind} {name}", *(value.cpu() for value in triple))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_statistics_of_infinities_and_nan(backend: str) -> None:
+    """Rows longer than a block: -inf has no share wherever it stands, NaN and a label of no document are loud."""
+    draw = torch.Generator().manual_seed(2)
+    scores, teacher = (torch.randn(4, 700, generator=draw) for _ in range(2))
+    scores[0, :300], scores[1, 650] = -torch.inf, 30
+    teacher[0, 256:512], teacher[2, 0] = -torch.inf, -torch.inf
+    temperatures = torch.tensor([0.7, 1.3])
+    labels = torch.tensor([699, 0, -1, 700])
+
+    def rows(kind: str, target: Tensor | None, scores: Tensor = scores) -> tuple[Tensor, Tensor]:
+        moved = None if target is None else target.to(DEVICE)
+        found = torch.ops.jmlr_kernels.maxsim_loss_rows(
+            scores.to(DEVICE), moved, temperatures.to(DEVICE), kind, backend
+        )
+        exact = target.double() if target is not None and target.is_floating_point() else target
+        return found.cpu(), loss_rows(scores.double(), exact, temperatures.double(), kind)
+
+    found, exact = rows("labels", labels)
+    assert found[2:, 1].isnan().all()
+    torch.testing.assert_close(found[:, :2], exact[:, :2].float(), equal_nan=True)
+    torch.testing.assert_close(found[:2, 2], exact[:2, 2].float())
+    torch.testing.assert_close(found[1:, 4], exact[1:, 4].float(), equal_nan=True)
+    found, exact = rows("labels", None)
+    torch.testing.assert_close(found[:, :4], exact[:, :4].float())
+    found, exact = rows("teacher", teacher, scores.clamp(min=-50))
+    torch.testing.assert_close(found, exact.float())
+    found, exact = rows("margins", teacher.clamp(min=-9), scores.clamp(min=-9))
+    torch.testing.assert_close(found, exact.float())
+    for position in (0, 699):
+        broken = scores.clone()
+        broken[1, position] = torch.nan
+        found, _ = rows("labels", None, broken)
+        assert found[1, 1].isnan() and found[[0, 2, 3], 1].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,1 @@
+#include "../../csrc/maxsim/loss_rows.cu"
