@@ -149,9 +149,8 @@ struct SmoothDocumentGradient {
         if (kWalk && !again) fill_text(p, tile, stage, walk.chunk);
     }
 
-    // Similarities become shares times gradients. What does not count is selected away: query tokens here, document
-    // tokens, whose rows are their own, at the end.
-    static JMLR_DEVICE void to_shares(const Params& p, int row_tile, Similarities& s) {
+    // Similarities become shares times gradients. What does not count is selected away.
+    static JMLR_DEVICE void to_shares(const Params& p, int row_tile, const bool (&kept)[2], Similarities& s) {
         JMLR_UNROLL
         for (int n = 0; n < kRows / 8; ++n) {
             JMLR_UNROLL
@@ -159,12 +158,12 @@ struct SmoothDocumentGradient {
                 int row = n * 8 + tiles::accumulator_column(i);
                 float maximum = maxima(row_tile).read(row);
                 float share = exponential(s[0][n][i], maximum, p.exponent_scale) * factors(row_tile).read(row);
-                s[0][n][i] = maximum != -tiles::kInfinity ? share : 0.0f;
+                s[0][n][i] = kept[i / 2] && maximum != -tiles::kInfinity ? share : 0.0f;
             }
         }
     }
 
-    static JMLR_DEVICE void walk_rows(const Params& p, const Tile& tile, Sums& sums) {
+    static JMLR_DEVICE void walk_rows(const Params& p, const Tile& tile, const bool (&kept)[2], Sums& sums) {
         int first_row = tiles::warp() * 16;
         bool works = (tile.kept >> first_row & 0xffff) != 0;  // the other warps only fill tiles
         tiles::sync_block();                                  // nobody reads what the tile before has left
@@ -196,7 +195,7 @@ struct SmoothDocumentGradient {
                         [&](int n, int k) { return F::load_b(query_tile(stage), n, k); });
                 }
                 if (reading.ends_tile(p)) {
-                    to_shares(p, reading.row_tile, s);
+                    to_shares(p, reading.row_tile, kept, s);
                     add_shares<Element>(sums, s, query_tile(stage));
                 }
             }
@@ -209,9 +208,9 @@ struct SmoothDocumentGradient {
         int first_row = tiles::warp() * 16 + tiles::accumulator_row(0);
         bool kept[2] = {(tile.kept >> first_row & 1) != 0, (tile.kept >> (first_row + 8) & 1) != 0};
         Sums sums = {};
-        if (tile.kept != 0) walk_rows(p, tile, sums);
+        if (tile.kept != 0) walk_rows(p, tile, kept, sums);
         JMLR_UNROLL
-        for (int i = 0; i < kTiles.chunk / 2; ++i) {
+        for (int i = 0; i < kTiles.chunk / 2; ++i) {  // an excluded token may have met NaN, times its zeros
             float& sum = sums[0][i / 4][i % 4];
             sum = kept[i % 4 / 2] ? sum : 0.0f;
         }
