@@ -18,7 +18,9 @@ constexpr int64_t block_tokens = 96;  // 12 KiB of similarities beside a panel a
 class SmoothMaximum final : public Walk {
 public:
     SmoothMaximum(const Problem& problem, const SmoothForwardOutput& output, const Threads& threads)
-        : Walk(problem, {}, nullptr, threads), out(output), exponent_scale(exponent_scale_of(output.temperature)) {}
+        : Walk(problem, {}, nullptr, threads), out(output), exponent_scale(exponent_scale_of(output.temperature)) {
+        fixed_chunks = true;
+    }
 
 private:
     // One worker's memory.

@@ -151,7 +151,7 @@ Walk::Worker Walk::make_worker() const {
 }
 
 int64_t Walk::chunk_tokens() const {
-    const bool single = decoder && queries.most_vectors <= widest_panel;
+    const bool single = decoder && !fixed_chunks && queries.most_vectors <= widest_panel;
     const int64_t tokens =
         (single ? burst_bytes : chunk_bytes) / std::max<int64_t>(4, queries.steps * 4) / chunk_step * chunk_step;
     return std::max(tokens, chunk_step);

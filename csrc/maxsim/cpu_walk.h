@@ -49,6 +49,7 @@ protected:
     const Problem& p;
     const Instructions& set;
     QueryPanels queries;
+    bool fixed_chunks = false;      // results depend on where chunks end, which threads must not move then
     std::vector<float> row_factor;  // [kept] weight, and scale where the maximum is scaled; empty: all 1
 
 private:

@@ -162,12 +162,17 @@ def test_no_dimension() -> None:
 
 
 @pytest.mark.parametrize("candidates", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_threads(candidates: bool, dtype: torch.dtype) -> None:
-    """Large enough that two and five threads get tasks, in both directions."""
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("query_count", "query_length", "documents"), [(13, 29, 17), (4, 12, 5)], ids=["many", "a_panel_for_each"]
+)
+def test_bits_do_not_depend_on_threads(
+    query_count: int, query_length: int, documents: int, dtype: torch.dtype, candidates: bool
+) -> None:
+    """Large enough that two and five threads get tasks, in both directions; with few queries, groups differ too."""
     case = make_case(
-        query_count=13, query_length=29, documents=17, document_length=170, dimension=64, candidates=candidates,
-        masked=True, weighted=True,
+        query_count=query_count, query_length=query_length, documents=documents, document_length=170, dimension=64,
+        candidates=candidates, masked=True, weighted=True,
     ).to(dtype)  # fmt: skip
     threads = torch.get_num_threads()
     try:
