@@ -351,8 +351,11 @@ class _MaxSim(torch.autograd.Function):
         need_winners: bool,
     ) -> tuple[Tensor, ...]:
         tensors = (queries, documents, query_mask, document_mask, query_weights, cu_seqlens)
-        scores, winners, *scales = run_forward(tensors, switches, per_token, True)
-        ctx.save_for_backward(*to_save(tensors, switches, winners, tuple(scales)))
+        candidates, normalize, max_length, backend = switches
+        scores, winners, query_scales, document_scales = ops.call(
+            "maxsim_forward", *tensors, candidates, normalize, per_token, True, max_length, backend
+        )
+        ctx.save_for_backward(*to_save(tensors, switches, winners, (query_scales, document_scales)))
         ctx.switches, ctx.rule = switches, "tokens" if per_token else "scores"
         if not need_winners:
             return (scores,)
