@@ -74,7 +74,7 @@ def maxsim_quantized(
         query_weights: floating [Nq, Lq], one factor per query token.
         cu_seqlens: int32 [Nd + 1] ([Nq * K + 1] with `candidates`), token offsets of packed documents.
         candidates: each query meets its own K documents only.
-        backend: "auto", "triton", "cpu" or "torch"; a named backend that cannot run raises.
+        backend: "auto", "cuda", "triton", "cpu" or "torch"; a named backend that cannot run raises.
 
     Returns:
         Scores [Nq, Nd] ([Nq, K] with `candidates`), float32 (float64 for float64 queries). A document or a query

@@ -187,8 +187,8 @@ def maxsim_residual(
         query_weights: floating [Nq, Lq], one factor per query token.
         normalize: scale decoded tokens to unit length, as ColBERT does.
         candidates: each query meets its own K documents only.
-        backend: "auto", "triton", "cpu" or "torch"; a named backend that cannot run raises. The Triton kernel takes D
-            up to 256.
+        backend: "auto", "cuda", "triton", "cpu" or "torch"; a named backend that cannot run raises. The Triton kernel
+            takes D up to 256.
 
     Returns:
         Scores [Nq, Nd] ([Nq, K] with `candidates`), float32 (float64 for float64 queries). A document or a query

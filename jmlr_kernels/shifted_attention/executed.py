@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from jmlr_kernels import native
+from .. import native
 
 
 def executed_flops(

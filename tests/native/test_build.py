@@ -163,6 +163,10 @@ def test_a_spilled_register_is_an_error(sources: Path, tmp_path: Path) -> None:
     ((_, _, command),) = build_library.compile_steps(found, tmp_path)
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode != 0 and "spilled" in run.stdout + run.stderr
+    other = build_library.plan({"JMLR_CUDA_ARCHS": "86"})
+    ((_, _, elsewhere),) = build_library.compile_steps(other, tmp_path)
+    run = subprocess.run(elsewhere, capture_output=True, text=True)
+    assert run.returncode == 0 and "spilled" in run.stdout + run.stderr  # said, and built
     (sources / "sm80.cu").write_text("__global__ void one(float* x) { *x = 1; }\n")
     assert subprocess.run(command, capture_output=True).returncode == 0
 
