@@ -199,7 +199,7 @@ def _nvcc_flags(found: Plan, source: Path) -> list[str]:
     named = re.search(r"sm(\d+)(_|$)", source.stem)
     least = int(named.group(1)) if named else PTX_ARCH
     flags = ["--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
-    # Tiles are chosen for the default architectures; elsewhere a spilled register is slower, and no reason to have none.
+    # Tiles are chosen for the default architectures. Elsewhere a spill is slow, and no reason to have no library.
     proven = set(found.archs) <= set(DEFAULT_ARCHS.split(";"))
     flags += ["-Xptxas", "--warn-on-spills" + (",--warning-as-error" if proven else "")]
     for arch in found.archs:
