@@ -293,7 +293,7 @@ def test_sanitizers(sanitizer: str, problems: int, tmp_path: Path) -> None:
     flags = {"avx2": "-mavx2 -mfma -mf16c"}
     flags["avx512"] = flags["avx2"] + " -mavx512f -mavx512bw -mavx512dq -mavx512vl"
     flags["avx512bf16"] = flags["avx512"] + " -mavx512bf16"
-    common = ["g++", "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    common = ["g++", "-std=c++17", "-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     objects = []
     sources = [*sorted((ROOT / "csrc" / "maxsim").glob("cpu*.cpp")), Path(__file__).with_name("cpu_sanitize.cpp")]
     for source in sources:
