@@ -238,6 +238,26 @@ inline RuleInput rule_of(const std::string& name, const std::vector<Tensor>& ten
     return input;
 }
 
+// d(queries), d(documents) and d(weights), which `fill` writes through an Output's pointers. Without weights the last
+// one is empty.
+template <class Output, class Fill>
+std::tuple<Tensor, Tensor, Tensor> fill_gradients(const Tensor& queries, const Tensor& documents,
+                                                  const OptionalTensor& query_weights, Fill fill) {
+    Tensor grad_queries = new_tensor(queries, all_sizes(queries), queries.scalar_type());
+    Tensor grad_documents = new_tensor(queries, all_sizes(documents), documents.scalar_type());
+    Tensor grad_weights = new_tensor(queries, query_weights ? all_sizes(*query_weights) : std::vector<int64_t>{0},
+                                     query_weights ? ScalarType::Float : queries.scalar_type());
+    Output out;
+    out.grad_queries = grad_queries.mutable_data_ptr();
+    out.grad_documents = grad_documents.mutable_data_ptr();
+    out.grad_weights = query_weights ? static_cast<float*>(grad_weights.mutable_data_ptr()) : nullptr;
+    fill(out);
+    if (query_weights && query_weights->scalar_type() != ScalarType::Float) {
+        grad_weights = torch::stable::to(grad_weights, query_weights->scalar_type());
+    }
+    return {grad_queries, grad_documents, grad_weights};
+}
+
 // The operation maxsim_backward; `run` takes its problem, what the forward pass saved and the gradients to fill.
 template <class Run>
 std::tuple<Tensor, Tensor, Tensor> backward_with(Run run, std::vector<Tensor> rule_tensors, Tensor queries,
@@ -267,19 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_with(Run run, std::vector<Tensor> ru
         kept.push_back(contiguous_as(*document_scales, ScalarType::Float));
         in.document_scales = static_cast<const float*>(kept.back().const_data_ptr());
     }
-    Tensor grad_queries = new_tensor(queries, all_sizes(queries), queries.scalar_type());
-    Tensor grad_documents = new_tensor(queries, all_sizes(documents), documents.scalar_type());
-    Tensor grad_weights = new_tensor(queries, query_weights ? all_sizes(*query_weights) : std::vector<int64_t>{0},
-                                     query_weights ? ScalarType::Float : queries.scalar_type());
-    BackwardOutput out;
-    out.grad_queries = grad_queries.mutable_data_ptr();
-    out.grad_documents = grad_documents.mutable_data_ptr();
-    out.grad_weights = query_weights ? static_cast<float*>(grad_weights.mutable_data_ptr()) : nullptr;
-    run(p, in, out);
-    if (query_weights && query_weights->scalar_type() != ScalarType::Float) {
-        grad_weights = torch::stable::to(grad_weights, query_weights->scalar_type());
-    }
-    return {grad_queries, grad_documents, grad_weights};
+    return fill_gradients<BackwardOutput>(queries, documents, query_weights, [&](const auto& out) { run(p, in, out); });
 }
 
 // The operation maxsim_loss_rows; `run` takes the rows.

@@ -57,19 +57,8 @@ std::tuple<Tensor, Tensor, Tensor> smooth_backward_with(Run run, Tensor grad_sco
     in.temperature = checked_temperature(temperature);
     in.grad_scores = static_cast<const float*>(grads.const_data_ptr());
     in.maxima = static_cast<const float*>(saved.const_data_ptr());
-    Tensor grad_queries = new_tensor(queries, all_sizes(queries), queries.scalar_type());
-    Tensor grad_documents = new_tensor(queries, all_sizes(documents), documents.scalar_type());
-    Tensor grad_weights = new_tensor(queries, query_weights ? all_sizes(*query_weights) : std::vector<int64_t>{0},
-                                     query_weights ? ScalarType::Float : queries.scalar_type());
-    SmoothBackwardOutput out;
-    out.grad_queries = grad_queries.mutable_data_ptr();
-    out.grad_documents = grad_documents.mutable_data_ptr();
-    out.grad_weights = query_weights ? static_cast<float*>(grad_weights.mutable_data_ptr()) : nullptr;
-    run(p, in, out);
-    if (query_weights && query_weights->scalar_type() != ScalarType::Float) {
-        grad_weights = torch::stable::to(grad_weights, query_weights->scalar_type());
-    }
-    return {grad_queries, grad_documents, grad_weights};
+    return fill_gradients<SmoothBackwardOutput>(queries, documents, query_weights,
+                                                [&](const auto& out) { run(p, in, out); });
 }
 
 }  // namespace jmlr::maxsim
