@@ -1,6 +1,6 @@
 // Starts a kernel. A kernel is a struct with `Params` (plain values and pointers), `kThreads`, `kMinBlocks` (blocks
 // that shall fit a multiprocessor), `static void run(const Params&)`, and where its blocks share memory,
-// `kSharedBytes`.
+// `kSharedBytes`. `kCluster` blocks are neighbours that reach each other's shared memory (hopper.h).
 #pragma once
 
 #include <atomic>
@@ -17,6 +17,11 @@ inline constexpr int kSharedBytesOf = 0;
 template <class Kernel>
 inline constexpr int kSharedBytesOf<Kernel, std::void_t<decltype(Kernel::kSharedBytes)>> = Kernel::kSharedBytes;
 
+template <class Kernel, class = void>
+inline constexpr int kClusterOf = 1;
+template <class Kernel>
+inline constexpr int kClusterOf<Kernel, std::void_t<decltype(Kernel::kCluster)>> = Kernel::kCluster;
+
 }  // namespace tiles
 
 #if defined(__CUDACC__) && !defined(JMLR_HOST_BUILD)
@@ -27,16 +32,18 @@ namespace tiles {
 
 // What the chip has that the code is compiled for.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-constexpr SharedMemory kSharedOfTarget = SharedMemory::small;
+constexpr int kSharedOfTarget = bytes_of(SharedMemory::small);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kSharedOfTarget = kSharedOfHopper;
 #else
-constexpr SharedMemory kSharedOfTarget = SharedMemory::large;
+constexpr int kSharedOfTarget = bytes_of(SharedMemory::large);
 #endif
 
 // The shared memory is a part of the name, where tools/resources.py reads it. What could not start is left empty.
 template <class Kernel, int kSharedBytes>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     kernel_entry(const __grid_constant__ typename Kernel::Params params) {
-    if constexpr (kSharedBytes <= bytes_of(kSharedOfTarget)) Kernel::run(params);
+    if constexpr (kSharedBytes <= kSharedOfTarget) Kernel::run(params);
 }
 
 inline void check_cuda(cudaError_t error, const char* what) {
@@ -67,9 +74,23 @@ void ask_for_shared_memory() {
 template <class Kernel>
 void start(const typename Kernel::Params& params, int64_t blocks, void* stream) {
     constexpr int kBytes = kSharedBytesOf<Kernel>;
-    kernel_entry<Kernel, kBytes>
-        <<<unsigned(blocks), Kernel::kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
-    check_cuda(cudaGetLastError(), "launch of a kernel");
+    if constexpr (kClusterOf<Kernel> == 1) {
+        kernel_entry<Kernel, kBytes>
+            <<<unsigned(blocks), Kernel::kThreads, kBytes, static_cast<cudaStream_t>(stream)>>>(params);
+        check_cuda(cudaGetLastError(), "launch of a kernel");
+    } else {
+        cudaLaunchAttribute cluster{};
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {kClusterOf<Kernel>, 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = unsigned(blocks);
+        config.blockDim = Kernel::kThreads;
+        config.dynamicSmemBytes = kBytes;
+        config.stream = static_cast<cudaStream_t>(stream);
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+        check_cuda(cudaLaunchKernelEx(&config, kernel_entry<Kernel, kBytes>, params), "launch of a kernel");
+    }
 }
 
 }  // namespace tiles

@@ -26,6 +26,9 @@ constexpr int kWarp = 32;
 constexpr int kSharedUnasked = 48 * 1024;
 enum class SharedMemory { small, large };
 
+// What kernels for compute capability 9.0 alone (hopper.h) may ask for.
+constexpr int kSharedOfHopper = 227 * 1024;
+
 constexpr int bytes_of(SharedMemory shared) { return (shared == SharedMemory::small ? 99 : 163) * 1024; }
 constexpr SharedMemory class_of(int64_t bytes) {
     return bytes < bytes_of(SharedMemory::large) ? SharedMemory::small : SharedMemory::large;

@@ -42,7 +42,7 @@ private:
 
 template <class T>
 JMLR_DEVICE Shared<T> shared_memory(int bytes) {
-    extern __shared__ __align__(128) unsigned char jmlr_shared_memory[];
+    extern __shared__ __align__(1024) unsigned char jmlr_shared_memory[];
     return Shared<T>(reinterpret_cast<T*>(jmlr_shared_memory + bytes));
 }
 
