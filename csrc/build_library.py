@@ -30,6 +30,7 @@ OLDEST_TORCH = (2, 10)
 DEFAULT_ARCHS = "80;90a"
 PTX_ARCH = 80  # runs, compiled by the driver, on every newer chip
 HOPPER_ARCH = "90a"
+NAMESPACE = "jmlr_native"
 GIGABYTES_PER_JOB = 2
 
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
@@ -179,6 +180,7 @@ def compile_steps(found: Plan, objects: Path) -> list[tuple[Path, Path, list[str
     cuda = bool(found.nvcc)
     include = ["-isystem", str(found.torch / "include"), "-I", str(SOURCES)]
     common = ["-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000", *include]
+    common += [f"-DJMLR_NAMESPACE={NAMESPACE}"]
     if cuda:
         targets = ";".join([*found.archs, f"{PTX_ARCH}+PTX"])
         common += [f'-DJMLR_CUDA_TARGETS="{targets}"', f'-DJMLR_CUDA_VERSION="{found.cuda_version}"', "-DJMLR_CUDA"]

@@ -68,6 +68,6 @@ bool use_hopper(const char* operation, bool served) {
 
 }  // namespace jmlr
 
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CompositeExplicitAutograd, library) {
     library.impl("cuda_kernels", TORCH_BOX(&jmlr::cuda_kernels));
 }

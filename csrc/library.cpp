@@ -8,7 +8,7 @@
 
 #include <string>
 
-STABLE_TORCH_LIBRARY(jmlr_native, library) {
+STABLE_TORCH_LIBRARY(JMLR_NAMESPACE, library) {
     library.def("build_info() -> str");
     library.def("cpu_instructions() -> str");  // what the CPU path of MaxSim runs with: avx2, avx512, ...
     library.def("cuda_kernels(str choice) -> str");  // see kernel_choice_cuda.cpp
@@ -62,6 +62,6 @@ std::string build_info() {
 }  // namespace
 
 // Without a tensor argument there is no device to dispatch on.
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CompositeExplicitAutograd, library) {
     library.impl("build_info", TORCH_BOX(&build_info));
 }

@@ -61,12 +61,14 @@ class Context:
     dry_run: bool
     commit: str | None
 
-    def run(self, command: list[str], seconds: float) -> tuple[int | None, str]:
+    def run(
+        self, command: list[str], seconds: float, environment: dict[str, str] | None = None
+    ) -> tuple[int | None, str]:
         """Exit code (None past the time limit) and all output of a command, which also goes to the log."""
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=self.environment,
+            env={**self.environment, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -124,6 +126,26 @@ _KERNEL_TESTS = (
 )
 
 
+@dataclass(frozen=True)
+class Job:
+    """A file of tests, and which of the library's CUDA kernels it runs (docs/hopper.md)."""
+
+    path: Path
+    kernels: str = "auto"
+
+    @property
+    def name(self) -> str:
+        return self.path.stem + (f"-{self.kernels}" if self.kernels != "auto" else "")
+
+
+def _hopper_tests(context: Context) -> list[Path]:
+    """Files to run a second time with the kernels for compute capability 8.0: none where no others are used."""
+    code = "import torch, jmlr_kernels.native as n; print(n.has_hopper_kernels(torch.device('cuda', 0)))"
+    if context.dry_run or _last_line(context.run([sys.executable, "-c", code], 60)[1]) != "True":
+        return []
+    return [ROOT / "tests" / "gpu" / f"test_gpu_{family}.py" for family in ("attention", "maxsim", "compressed")]
+
+
 def tests(context: Context, limit: float) -> Phase:
     """Every test marked `gpu`, and the kernels' tests, each file in a process of its own, several at a time: most of
     the time goes into compiling. Files that ask for an absent library are left out and named."""
@@ -132,24 +154,29 @@ def tests(context: Context, limit: float) -> Phase:
     if missing:
         return Phase("tests", "skipped", 0.0, missing)
     files = sorted(ROOT.glob("tests/gpu/test_*.py"))
+    again = _hopper_tests(context)
     if not context.dry_run:
         files += sorted(path for pattern in _KERNEL_TESTS for path in ROOT.glob(pattern))
     wanting = [path for path in files if "hypothesis" in path.read_text()] if _missing("hypothesis") else []
     chosen = [path for path in files if path not in wanting]
 
-    def run(path: Path) -> tuple[int | None, str]:
-        marked = "gpu" if path.parent.name == "gpu" else "not gpu and not slow"
+    # Where a GPU has kernels of its own, the others are tested on it too.
+    jobs = [Job(path) for path in chosen] + [Job(path, "sm80") for path in again if path in chosen]
+
+    def run(job: Job) -> tuple[int | None, str]:
+        marked = "gpu" if job.path.parent.name == "gpu" else "not gpu and not slow"
         command = [sys.executable, "-m", "pytest", "-q", "-m", marked, "-p", "no:cacheprovider", "-p", "no:benchmark"]
-        return context.run([*command, str(path), f"--junitxml={context.scratch / path.stem}.xml"], limit)
+        report = f"--junitxml={context.scratch / job.name}.xml"
+        return context.run([*command, str(job.path), report], limit, {"JMLR_CUDA_KERNELS": job.kernels})
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        outcomes = dict(zip(chosen, pool.map(run, chosen), strict=True))
+        outcomes = dict(zip(jobs, pool.map(run, jobs), strict=True))
     # 5: nothing of this file was chosen.
     worst = [code for code, _ in outcomes.values() if code not in (0, 5)]
     code = 0 if not worst else None if None in worst else worst[0]
-    detail = _test_counts([context.scratch / f"{path.stem}.xml" for path in chosen])
-    stopped = [path.name for path, (one, _) in outcomes.items() if one is None]
-    silent = [path for path, (one, _) in outcomes.items() if one not in (0, 1, 5, None)]
+    detail = _test_counts([context.scratch / f"{job.name}.xml" for job in jobs])
+    stopped = [job.name for job, (one, _) in outcomes.items() if one is None]
+    silent = [job for job, (one, _) in outcomes.items() if one not in (0, 1, 5, None)]
     if silent:
         detail += f"; {silent[0].name}: {_last_line(outcomes[silent[0]][1])}"
     if stopped:

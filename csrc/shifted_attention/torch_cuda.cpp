@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
 }  // namespace
 }  // namespace jmlr::shifted_attention
 
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CUDA, library) {
     library.impl("shifted_attention_forward", TORCH_BOX(&jmlr::shifted_attention::forward));
     library.impl("shifted_attention_backward", TORCH_BOX(&jmlr::shifted_attention::backward));
 }

@@ -25,6 +25,6 @@ std::vector<int64_t> reported_tile_sizes(int64_t element_bytes, int64_t head_dim
 }  // namespace
 }  // namespace jmlr::shifted_attention
 
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CompositeExplicitAutograd, library) {
     library.impl("shifted_attention_tile_sizes", TORCH_BOX(&jmlr::shifted_attention::reported_tile_sizes));
 }
