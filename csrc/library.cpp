@@ -10,7 +10,7 @@
 
 STABLE_TORCH_LIBRARY(JMLR_NAMESPACE, library) {
     library.def("build_info() -> str");
-    library.def("cpu_instructions() -> str");  // what the CPU path of MaxSim runs with: avx2, avx512, ...
+    library.def("cpu_instructions() -> str");        // what the CPU path of MaxSim runs with: avx2, avx512, ...
     library.def("cuda_kernels(str choice) -> str");  // see kernel_choice_cuda.cpp
     library.def(
         "shifted_attention_forward(Tensor q, Tensor k, Tensor v, int group_size, Tensor? cu_seqlens,"
