@@ -117,7 +117,7 @@ public:
         bool foreign = brings_foreign_rows(layout, document, row + left.kRows);
         Memory::empty(ring_.stage).wait(ring_.parity ^ 1);
         if (tiles::lane() == 0) {
-            const Barrier& barrier = foreign ? landed : full;
+            Barrier barrier = foreign ? landed : full;
             barrier.arrive_expecting(Memory::kStageBytes);
             copy_rows(left, first, barrier, document, head, row);
             copy_rows(right, second, barrier, document, head, row);

@@ -118,18 +118,18 @@ private:
 
         Scores scores, grad_weights;
         Weights<Element, kKeys / 8> weights;
-        auto begin_tile = [&] {
+        Statistics statistics;
+        int before = -1;
+        for (; tile < own_end; tile += kKeys) {
+            auto keys = Memory::template streamed<0>(ring.stage), values = Memory::template streamed<1>(ring.stage);
             Memory::full(ring.stage).wait(ring.parity);
             tiles::open_products(scores, grad_weights);
-            multiply_rows<kBlockD>(scores, queries, Memory::template streamed<0>(ring.stage));
+            multiply_rows<kBlockD>(scores, queries, keys);
             tiles::close_products();
-            multiply_rows<kBlockD>(grad_weights, grads, Memory::template streamed<1>(ring.stage));
+            multiply_rows<kBlockD>(grad_weights, grads, values);
             tiles::close_products();
-        };
-        begin_tile();
-        Statistics statistics = statistics_of_rows(p, work, first, grads);
-        int before = -1;  // the stage whose product with dS is under way
-        for (;;) {
+
+            if (before < 0) statistics = statistics_of_rows(p, work, first, grads);
             tiles::wait_products<1>(scores, dq);
             if (before >= 0) release(before);
             JMLR_UNROLL
@@ -149,13 +149,10 @@ private:
             if (tile < own_begin || tile > unmasked) mask(scores, groups, first, tile);
             weights.take(scores);
             tiles::open_products(dq);
-            weights.multiply(dq, Memory::template streamed<0>(ring.stage));
+            weights.multiply(dq, keys);
             tiles::close_products();
             before = ring.stage;
             ring.advance();
-            tile += kKeys;
-            if (tile >= own_end) break;
-            begin_tile();
         }
         tiles::wait_products<0>(dq);
         release(before);
