@@ -3,7 +3,8 @@
 // their group(s): one copies queries and gradients of their outputs, the other brings lse and delta.
 //
 // Keys are the rows of all products, so that P^T and dS^T stay in registers: accumulators become operands. The
-// exponentials run under the products of v grad_out^T, dS under those of dv, and the next k q^T follows without a pause.
+// exponentials run under the products of v grad_out^T, dS under those of dv, and the next k q^T follows without a
+// pause.
 #pragma once
 
 #include "sm90_backward.cuh"
@@ -185,12 +186,17 @@ private:
         const Layout& layout = p.plain.layout;
         KeyTile keys = Memory::template own<0>(slot), values = Memory::template own<1>(slot);
         Scores weights, grad_weights;
-        Weights<Element, kQueries / 8> left;
-        Weights<Element, kQueries / 8> right;
+        Weights<Element, kQueries / 8> left, right;
         int before = -1;  // the stage whose product with dS^T is under way
         for (Walk walk(layout, work); walk.under_way(); walk.advance(layout, work.document)) {
             Seen seen = seen_of(layout, work.document, walk.head, first);
             if (walk.tile + kQueries <= first || walk.tile >= seen.end) {
+                // Not before the stage is given back, for which the others may be waiting.
+                if (before >= 0) {
+                    tiles::wait_products<0>(dk);
+                    release(before);
+                    before = -1;
+                }
                 pass(ring);
                 continue;
             }
@@ -203,8 +209,12 @@ private:
             multiply_rows<kBlockD>(grad_weights, values, grads);
             tiles::close_products();
 
-            tiles::wait_products<1>(weights, dk, dv);
-            if (before >= 0) release(before);
+            if (kTiles.carry) {
+                tiles::wait_products<1>(weights, dk);
+                if (before >= 0) release(before);
+            } else {
+                tiles::wait_products<1>(weights);
+            }
             JMLR_UNROLL
             for (int n = 0; n < kQueries / 8; ++n) {
                 Pair log_sum = statistics.read(4 * n);
@@ -234,10 +244,16 @@ private:
             tiles::open_products(dk);
             right.multiply(dk, queries);
             tiles::close_products();
-            before = ring.stage;
+            tiles::wait_products<1>(dv);
+            if (kTiles.carry) {
+                before = ring.stage;
+            } else {
+                tiles::wait_products<0>(dk);
+                release(ring.stage);
+            }
             ring.advance();
         }
-        tiles::wait_products<0>(dk, dv);
+        tiles::wait_products<0>(dk);
         if (before >= 0) release(before);
     }
 

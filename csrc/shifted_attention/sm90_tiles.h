@@ -43,6 +43,7 @@ struct BackwardTiles {
     int streamed;    // rows of the other side that a stage holds
     int stages;
     int buffers;  // of a warpgroup's own rows: with two, the next come while it works
+    bool carry;   // the last products of a tile run on while the next one begins, for which registers must suffice
 };
 
 // The widest head that a warpgroup has the registers for: dk and dv of 64 keys alone take 2 block_d / 2 of a thread's.
@@ -54,7 +55,7 @@ constexpr BackwardTiles backward_dq_tiles(int block_d) {
 #ifdef JMLR_TUNE_ATTENTION_BACKWARD_DQ
     return {JMLR_TUNE_ATTENTION_BACKWARD_DQ};
 #else
-    return block_d <= 64 ? BackwardTiles{2, 64, 6, 2} : BackwardTiles{2, 64, 3, 2};
+    return block_d <= 64 ? BackwardTiles{2, 64, 6, 2, true} : BackwardTiles{2, 64, 3, 2, true};
 #endif
 }
 
@@ -62,7 +63,7 @@ constexpr BackwardTiles backward_dkdv_tiles(int block_d) {
 #ifdef JMLR_TUNE_ATTENTION_BACKWARD_DKDV
     return {JMLR_TUNE_ATTENTION_BACKWARD_DKDV};
 #else
-    return block_d <= 64 ? BackwardTiles{2, 64, 6, 2} : BackwardTiles{2, 64, 3, 2};
+    return block_d <= 64 ? BackwardTiles{2, 64, 6, 2, true} : BackwardTiles{2, 64, 3, 2, false};
 #endif
 }
 
