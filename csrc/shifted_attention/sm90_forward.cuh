@@ -51,7 +51,7 @@ struct Forward {
     static constexpr int kWork = kValues + kStages * KeyTile::kBytes, kBarriers = kWork + kWorkBytes;
     static constexpr int kSharedBytes = kBarriers + 16 * kSlots;
     static_assert(kSharedBytes <= tiles::kSharedOfHopper);
-    static_assert(kStages >= 2, "cleared values are waited for before scores are");
+    static_assert(kStages >= 2, "values are waited for while those of the tile before are in use");
 
     static JMLR_DEVICE void run(const Params& p) {
         if (tiles::thread_index() == 0) {
@@ -238,6 +238,7 @@ private:
                 release(kKeySlots, keys);
                 weigh(p, groups, share, walk.tile(share.last - 1), part, softmax, rescale);
                 to_weights(part, weights);
+                full(kValueSlots + values.stage).wait(values.parity);
             };
             if (halved) {
                 first_tile(reinterpret_cast<Scores<kBlockN / 2>&>(scores));
@@ -248,7 +249,6 @@ private:
                 full(kKeySlots + keys.stage).wait(keys.parity);
                 take_turn(warpgroup);
                 multiply_keys(scores, row, keys.stage);
-                full(kValueSlots + values.stage).wait(values.parity);
                 multiply_values(out, weights, values.stage, halved);
                 pass_turn(warpgroup);
                 halved = false;
@@ -256,6 +256,10 @@ private:
                 tiles::wait_products<1>(scores);
                 release(kKeySlots, keys);
                 weigh(p, groups, share, walk.tile(n), scores, softmax, rescale);
+                // Here, because the compiler keeps exponentials before a loop, but not before a wait for products.
+                Ring next = values;
+                next.advance();
+                full(kValueSlots + next.stage).wait(next.parity);
                 tiles::wait_products<0>(out);
                 release(kValueSlots, values);
                 JMLR_UNROLL
@@ -263,7 +267,6 @@ private:
                 to_weights(scores, weights);
             }
             if constexpr (kTiles.own_output) release(kQuerySlot);
-            full(kValueSlots + values.stage).wait(values.parity);
             multiply_values(out, weights, values.stage, halved);
             tiles::wait_products<0>(out);
             release(kValueSlots, values);
@@ -328,32 +331,31 @@ private:
     static JMLR_DEVICE void weigh(const Params& p, const Groups& groups, const Share& share, int key,
                                   float (&scores)[kColumns][4], Softmax& softmax, float (&rescale)[2]) {
         float factor = p.scale_log2;
-        bool all_seen = key >= share.all_start && key + 8 * kColumns - 1 <= share.row;
-        // Maxima are taken before the scale, so one that is not positive must be multiplied in first, as the mask does.
-        if (!all_seen || factor <= 0) {
-            mask(scores, factor, groups, share.row + tiles::warp() % tiles::kWarpgroupWarps * 16, key);
+        // Maxima are taken before the scale, so one that is not positive must be multiplied in first.
+        if (factor <= 0) {
+            JMLR_UNROLL
+            for (int i = 0; i < 4 * kColumns; ++i) scores[i / 4][i % 4] *= factor;
             factor = 1;
+        }
+        int query = share.row + tiles::warp() % tiles::kWarpgroupWarps * 16 + tiles::accumulator_row(0);
+        int first = key + tiles::accumulator_column(0);
+        if (key + 8 * kColumns - 1 > share.row) {
+            hide(scores, [&](int half, int column) { return column > query + 8 * half - first; });
+        }
+        if (key < share.all_start) {
+            int starts[2] = {groups.start(query) - first, groups.start(query + 8) - first};
+            hide(scores, [&](int half, int column) { return column < starts[half]; });
         }
         softmax.take(scores, factor, rescale);
     }
 
-    // Scores take the scale, and -inf where a query may not attend.
-    template <int kColumns>
-    static JMLR_DEVICE void mask(float (&scores)[kColumns][4], float scale_log2, const Groups& groups, int query,
-                                 int key) {
+    // No weight where hidden(half, column), of the thread's two rows and the columns from its first on.
+    template <int kColumns, class Hidden>
+    static JMLR_DEVICE void hide(float (&scores)[kColumns][4], Hidden hidden) {
         JMLR_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            int position = query + tiles::accumulator_row(2 * half), start = groups.start(position);
-            int from = start - key - tiles::accumulator_column(0), to = position - key - tiles::accumulator_column(0);
+        for (int n = 0; n < kColumns; ++n) {
             JMLR_UNROLL
-            for (int n = 0; n < kColumns; ++n) {
-                JMLR_UNROLL
-                for (int i = 0; i < 2; ++i) {
-                    float& score = scores[n][2 * half + i];
-                    bool attends = 8 * n + i >= from && 8 * n + i <= to;
-                    score = attends ? score * scale_log2 : -tiles::kInfinity;
-                }
-            }
+            for (int i = 0; i < 4; ++i) scores[n][i] = hidden(i / 2, 8 * n + i % 2) ? -tiles::kInfinity : scores[n][i];
         }
     }
 
