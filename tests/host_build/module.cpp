@@ -19,4 +19,5 @@ PYBIND11_MODULE(jmlr_host_build, module) {
     host_build::bind_maxsim_compressed(module);
     host_build::bind_maxsim_smooth(module);
     host_build::bind_shifted_attention(module);
+    host_build::bind_shifted_attention_sm90(module);
 }
