@@ -9,6 +9,7 @@ void bind_maxsim(pybind11::module_& module);
 void bind_maxsim_compressed(pybind11::module_& module);
 void bind_maxsim_smooth(pybind11::module_& module);
 void bind_shifted_attention(pybind11::module_& module);
+void bind_shifted_attention_sm90(pybind11::module_& module);
 
 }  // namespace host_build
 
