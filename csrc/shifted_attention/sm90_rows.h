@@ -97,6 +97,6 @@ JMLR_DEVICE Work read_work(int offset) {
 }
 
 // Told when there are no more items.
-constexpr Work kNoWork = {-1, {0, 0, 0, 0}, 0};
+JMLR_DEVICE Work no_work() { return {-1, {0, 0, 0, 0}, 0}; }
 
 }  // namespace jmlr::shifted_attention::sm90
