@@ -203,8 +203,8 @@ JMLR_DEVICE void store_zeros(const Rows<Element>& rows, const Document& document
 // nobody else needs any more. The warpgroup's first thread has wait_stores() to call. `id` is the warpgroup's barrier.
 template <class Tile, class Element, int kSums>
 JMLR_DEVICE void store_sums(const float (&sums)[kSums][4], const Tile& staged, const TensorMap& map,
-                            const Rows<Element>& rows, const Document& document, int head, int first, int head_dim,
-                            int id) {
+                            const Rows<Element>& rows, const Layout& layout, const Document& document, int head,
+                            int first, int head_dim, int id) {
     JMLR_UNROLL
     for (int n = 0; n < kSums; ++n) {
         JMLR_UNROLL
@@ -215,7 +215,7 @@ JMLR_DEVICE void store_sums(const float (&sums)[kSums][4], const Tile& staged, c
     }
     tiles::fence_async();
     tiles::sync_threads_of(id, tiles::kWarpgroup);
-    if (first + kOwned <= document.owned) {
+    if (first + kOwned <= document.owned || document.first + document.owned == layout.rows) {
         if (tiles::thread_index() % tiles::kWarpgroup == 0) {
             store_rows(map, staged, 0, document, head, first);
             tiles::commit_stores();

@@ -43,7 +43,7 @@ struct BackwardDkDv {
 private:
     // The tiles of queries that see any of a block's keys: head by head, each from the keys on.
     struct Walk {
-        int head, last_head, first, tile, end;
+        int head, last_head, first, tile, end = 0;
 
         JMLR_DEVICE Walk(const Layout& layout, const Work& work)
             : head(work.head * layout.ratio), last_head(head + layout.ratio - 1), first(work.tile), tile(first) {
@@ -157,8 +157,10 @@ private:
             }
         }
         tiles::sync_threads_of(id, tiles::kWarpgroup);  // nobody needs the keys and values
-        store_sums(dk, Memory::template own<0>(slot), p.dk, p.plain.dk, document, work.head, first, head_dim, id);
-        store_sums(dv, Memory::template own<1>(slot), p.dv, p.plain.dv, document, work.head, first, head_dim, id);
+        store_sums(dk, Memory::template own<0>(slot), p.dk, p.plain.dk, p.plain.layout, document, work.head, first,
+                   head_dim, id);
+        store_sums(dv, Memory::template own<1>(slot), p.dv, p.plain.dv, p.plain.layout, document, work.head, first,
+                   head_dim, id);
     }
 
     static JMLR_DEVICE void release(int stage) {

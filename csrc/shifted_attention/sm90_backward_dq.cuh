@@ -86,8 +86,8 @@ private:
             for (int n = 0; n < kBlockD / 8; ++n) dq[n][i] = inside ? dq[n][i] * p.plain.scale : 0;
         }
         tiles::sync_threads_of(id, tiles::kWarpgroup);  // nobody needs the queries
-        store_sums(dq, Memory::template own<0>(slot), p.dq, p.plain.dq, document, work.head, first, p.plain.head_dim,
-                   id);
+        store_sums(dq, Memory::template own<0>(slot), p.dq, p.plain.dq, p.plain.layout, document, work.head, first,
+                   p.plain.head_dim, id);
     }
 
     static JMLR_DEVICE void pass(StageRing& ring) {
