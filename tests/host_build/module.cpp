@@ -10,6 +10,8 @@ void bind_maxsim(pybind11::module_& module);
 void bind_maxsim_compressed(pybind11::module_& module);
 void bind_maxsim_smooth(pybind11::module_& module);
 void bind_shifted_attention(pybind11::module_& module);
+void bind_shifted_attention_sm90(pybind11::module_& module);
+void bind_shifted_attention_sm90_backward(pybind11::module_& module);
 
 }  // namespace host_build
 
@@ -21,4 +23,6 @@ PYBIND11_MODULE(jmlr_host_build, module) {
     host_build::bind_maxsim_compressed(module);
     host_build::bind_maxsim_smooth(module);
     host_build::bind_shifted_attention(module);
+    host_build::bind_shifted_attention_sm90(module);
+    host_build::bind_shifted_attention_sm90_backward(module);
 }
