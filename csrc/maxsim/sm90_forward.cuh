@@ -250,7 +250,7 @@ struct Forward {
                     const Element* from = row.inside ? query_row<Element>(problem, row.query, row.token) : nullptr;
                     JMLR_UNROLL
                     for (int k = 0; k < kDepths * 2; ++k) {
-                        uint32_t pair = 0;
+                        uint32_t pair = tiles::pack<Element>(1.0f, 1.0f);  // absent rows: maxima that have sums
                         int column = k * 8 + tiles::accumulator_column(0);
                         if (row.inside) {
                             auto slice = load_slice<2>(from, column, int(problem.dimension), p.whole_queries);
@@ -348,13 +348,13 @@ struct Forward {
             }
             if constexpr (kRowTiles == 2) {
                 tiles::wait_products<1>(s[0]);
-                absorb_tile(s[0], maxima[0], note.kept, (note.state & kWhole) != 0, note.first,
-                            p.out.winners != nullptr);
+                absorb_tile<kTiles.by_sums>(s[0], maxima[0], note.kept, (note.state & kWhole) != 0, note.first,
+                                            p.out.winners != nullptr);
             }
             tiles::wait_products<0>(s[kRowTiles - 1]);
             release(at);
-            absorb_tile(s[kRowTiles - 1], maxima[kRowTiles - 1], note.kept, (note.state & kWhole) != 0, note.first,
-                        p.out.winners != nullptr);
+            absorb_tile<kTiles.by_sums>(s[kRowTiles - 1], maxima[kRowTiles - 1], note.kept, (note.state & kWhole) != 0,
+                                        note.first, p.out.winners != nullptr);
         }
 
         // As many columns as count.
