@@ -114,7 +114,8 @@ template <class Kernel>
 void start(const typename Kernel::Params& params, int64_t blocks, void*) {
     constexpr int kBytes = kSharedBytesOf<Kernel>;
     emulator::check_shared_memory(&kIdentity<Kernel>, kBytes);
-    emulator::run_grid([&params] { Kernel::run(params); }, blocks, Kernel::kThreads, kBytes);
+    emulator::run_grid([&params] { Kernel::run(params); },
+                       {blocks, Kernel::kThreads, kBytes, kClusterOf<Kernel>, Kernel::kMinBlocks});
 }
 
 }  // namespace tiles

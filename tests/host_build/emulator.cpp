@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "hopper_block.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -48,47 +50,8 @@ jmlr_switch_stack:
 namespace emulator {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr size_t kStack = 256 * 1024;
-constexpr int kNobody = -1;
 constexpr int kSeveralWarps = -2;
-
-struct Copy {
-    int offset;
-    const void* from;
-    bool valid;
-};
-
-enum class State { ready, meeting, barrier, finished };
-
-struct Fiber {
-    char* stack = nullptr;
-    void* top = nullptr;
-    void* sanitizer = nullptr;
-    State state = State::ready;
-    std::vector<Copy> open;
-    std::vector<std::vector<Copy>> groups;
-};
-
-struct Warp {
-    int arrived = 0;
-    Meeting kind = Meeting::barrier;
-    void* slots[kWarp];
-    uint32_t epoch = 0;
-};
-
-struct Access {
-    int thread = kNobody;        // or kSeveralWarps, of reads
-    bool several_lanes = false;  // of the thread's warp, of reads
-    uint32_t epoch = 0;
-    uint32_t warp_epoch = 0;
-};
-
-// Two bytes of shared memory.
-struct Cell {
-    Access write, read;
-    int copying = kNobody;
-};
 
 struct Owner {
     int64_t block = -1;
@@ -105,42 +68,55 @@ struct Range {
     std::vector<Owner> owners;
 };
 
-struct Block {
-    const std::function<void()>* kernel = nullptr;
-    int64_t index = 0, count = 0;
-    int threads = 0;
-    uint32_t epoch = 1;
-    std::vector<Fiber> fibers;
-    std::vector<Warp> warps;
-    std::vector<char> shared;
-    std::vector<Cell> cells;
-    int running = 0;
-    void* scheduler = nullptr;
-    const void* scheduler_stack = nullptr;
-    size_t scheduler_size = 0;
-    std::string error;
-};
-
-Block* block = nullptr;
 std::vector<Range> ranges;
 std::vector<char*> stacks;
 uint64_t seed = 0;
 uint32_t launches = 0;
+std::string first_error;
+
+// What runs the fibers, on the stack of run_grid.
+void* scheduler = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+const void* scheduler_stack = nullptr;
+size_t scheduler_size = 0;
+#endif
+
+}  // namespace
+
+std::vector<std::unique_ptr<Block>> cluster;
+Block* block = nullptr;
 std::vector<int64_t> products;
 
-[[noreturn]] void fail(const std::string& what, int thread) {
+bool Block::ended() const {
+    return std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.state == State::finished; });
+}
+
+void fail(const std::string& what, int thread) {
     throw Violation(what + " (block " + std::to_string(block->index) + ", thread " + std::to_string(thread) + ")");
 }
 
-[[noreturn]] void fail(const std::string& what) { fail(what, block->running); }
+void fail(const std::string& what) { fail(what, block->running); }
+
+std::string place(int offset) { return "byte " + std::to_string(offset) + " of shared memory"; }
+
+void check_shared_place(int offset, int bytes, int alignment, int thread) {
+    if (offset < 0 || offset + bytes > int(block->shared.size())) {
+        fail("access outside shared memory: " + place(offset) + ", which has " + std::to_string(block->shared.size()),
+             thread);
+    }
+    if (bytes % 2 != 0 || offset % (alignment ? alignment : bytes) != 0)
+        fail("misaligned access to " + place(offset), thread);
+}
+
+namespace {
 
 void switch_to_scheduler(Fiber& fiber, bool last) {
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(last ? nullptr : &fiber.sanitizer, block->scheduler_stack, block->scheduler_size);
+    __sanitizer_start_switch_fiber(last ? nullptr : &fiber.sanitizer, scheduler_stack, scheduler_size);
 #else
     (void)last;
 #endif
-    jmlr_switch_stack(&fiber.top, block->scheduler);
+    jmlr_switch_stack(&fiber.top, scheduler);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fiber.sanitizer, nullptr, nullptr);
 #endif
@@ -148,14 +124,15 @@ void switch_to_scheduler(Fiber& fiber, bool last) {
 
 void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_size);
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
 #endif
     Fiber& fiber = block->fibers[block->running];
     try {
         (*block->kernel)();
         if (!fiber.open.empty() || !fiber.groups.empty()) fail("a thread ends with asynchronous copies under way");
+        if (block->hopper) end_thread();
     } catch (const std::exception& error) {
-        if (block->error.empty()) block->error = error.what();
+        if (first_error.empty()) first_error = error.what();
     }
     fiber.state = State::finished;
     switch_to_scheduler(fiber, true);
@@ -169,20 +146,21 @@ void resume(int thread) {
     void* own = nullptr;
     __sanitizer_start_switch_fiber(&own, fiber.stack, kStack);
 #endif
-    jmlr_switch_stack(&block->scheduler, fiber.top);
+    jmlr_switch_stack(&scheduler, fiber.top);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
 #endif
 }
 
 void prepare(int thread) {
-    while (int(stacks.size()) <= thread) {
+    int number = block->rank * block->grid.threads + thread;
+    while (int(stacks.size()) <= number) {
         void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         stacks.push_back(static_cast<char*>(memory));
     }
     Fiber& fiber = block->fibers[thread];
-    fiber.stack = stacks[thread];
+    fiber.stack = stacks[number];
 #if defined(__SANITIZE_ADDRESS__)
     // A block that ended in a Violation has left its frames there.
     __asan_unpoison_memory_region(fiber.stack, kStack);
@@ -196,63 +174,101 @@ void prepare(int thread) {
 
 // Whether `earlier` and an access now by `thread` may happen in either order.
 bool unordered(const Access& earlier, int thread, uint32_t warp_epoch) {
-    if (earlier.thread == kNobody || earlier.epoch != block->epoch) return false;
+    if (earlier.thread == kNobody || earlier.epoch != block->epoch || block->hopper) return false;
     if (earlier.thread == kSeveralWarps) return true;
     if (earlier.thread == thread && !earlier.several_lanes) return false;
     return earlier.thread / kWarp != thread / kWarp || earlier.warp_epoch == warp_epoch;
 }
 
-std::string place(int offset) { return "byte " + std::to_string(offset) + " of shared memory"; }
-
-void check_shared_place(int offset, int bytes, int alignment, int thread) {
-    if (offset < 0 || offset + bytes > int(block->shared.size())) {
-        fail("access outside shared memory: " + place(offset) + ", which has " + std::to_string(block->shared.size()),
-             thread);
-    }
-    if (bytes % 2 != 0 || offset % (alignment ? alignment : bytes) != 0)
-        fail("misaligned access to " + place(offset), thread);
+void start_block(const std::function<void()>& kernel, const Grid& grid, int64_t index, int rank) {
+    block = cluster[rank].get();
+    block->kernel = &kernel;
+    block->grid = grid;
+    block->index = index;
+    block->rank = rank;
+    block->epoch = 1;
+    block->shared.assign(grid.shared_bytes, char(0xff));
+    block->cells.assign(block->shared.size() / 2, Cell());
+    block->warps.assign(grid.threads / kWarp, Warp());
+    block->fibers.assign(grid.threads, Fiber());
+    block->hopper.reset();
+    for (int thread = 0; thread < grid.threads; ++thread) prepare(thread);
 }
 
-void run_block(int64_t index) {
-    block->index = index;
-    block->epoch = 1;
-    block->cells.assign(block->shared.size() / 2, Cell());
-    std::fill(block->shared.begin(), block->shared.end(), char(0xff));
-    block->warps.assign(block->threads / kWarp, Warp());
-    block->fibers.assign(block->threads, Fiber());
-    for (int thread = 0; thread < block->threads; ++thread) prepare(thread);
-    std::mt19937_64 random(seed * 1000003 + uint64_t(index));
-    std::vector<int> order(block->warps.size());
-    std::iota(order.begin(), order.end(), 0);
-    for (;;) {
-        std::shuffle(order.begin(), order.end(), random);
-        for (int warp : order) {
-            for (bool any = true; any;) {
-                any = false;
-                for (int lane = 0; lane < kWarp; ++lane) {
-                    if (block->fibers[warp * kWarp + lane].state != State::ready) continue;
-                    any = true;
-                    resume(warp * kWarp + lane);
-                    if (!block->error.empty()) throw Violation(block->error);
-                }
-            }
+// Until each of its lanes waits for something.
+void run_warp(Block& own, int warp) {
+    block = &own;
+    for (bool any = true; any;) {
+        any = false;
+        for (int lane = 0; lane < kWarp; ++lane) {
+            if (own.fibers[warp * kWarp + lane].state != State::ready) continue;
+            any = true;
+            resume(warp * kWarp + lane);
+            if (!first_error.empty()) throw Violation(first_error);
         }
-        int finished = 0, waiting = 0, stuck = kNobody;
-        for (int thread = 0; thread < block->threads; ++thread) {
-            State state = block->fibers[thread].state;
+    }
+}
+
+bool anybody_ready() {
+    for (const auto& own : cluster) {
+        for (const Fiber& fiber : own->fibers) {
+            if (fiber.state == State::ready) return true;
+        }
+    }
+    return false;
+}
+
+// Lets the threads of a block go on that all wait at its barrier.
+bool release_barriers() {
+    bool any = false;
+    for (const auto& own : cluster) {
+        auto waits = [](const Fiber& fiber) { return fiber.state == State::barrier; };
+        if (!std::all_of(own->fibers.begin(), own->fibers.end(), waits)) continue;
+        ++own->epoch;
+        for (Fiber& fiber : own->fibers) fiber.state = State::ready;
+        any = true;
+    }
+    return any;
+}
+
+[[noreturn]] void report_stuck() {
+    for (const auto& own : cluster) {
+        block = own.get();
+        int finished = 0, waiting = 0, stuck = kNobody, blocked = kNobody;
+        for (int thread = 0; thread < own->grid.threads; ++thread) {
+            State state = own->fibers[thread].state;
             finished += state == State::finished;
             waiting += state == State::barrier;
             if (state == State::meeting && stuck == kNobody) stuck = thread;
+            if (state == State::waiting && blocked == kNobody) blocked = thread;
         }
+        if (blocked != kNobody) fail("deadlock: " + who_waits(), blocked);
         if (stuck != kNobody) fail("a warp-wide instruction that not all lanes reach", stuck);
-        if (finished == block->threads) return;
-        if (waiting != block->threads) {
+        if (waiting > 0) {
             fail(std::to_string(waiting) + " threads wait at a barrier and " + std::to_string(finished) +
                  " have ended");
         }
-        ++block->epoch;
-        for (Fiber& fiber : block->fibers) fiber.state = State::ready;
     }
+    std::abort();
+}
+
+void run_cluster(const std::function<void()>& kernel, const Grid& grid, int64_t first) {
+    for (int rank = 0; rank < grid.cluster; ++rank) start_block(kernel, grid, first + rank, rank);
+    copies.clear();
+    std::mt19937_64 random(seed * 1000003 + uint64_t(first));
+    std::vector<std::pair<int, int>> order;  // rank, warp
+    for (int rank = 0; rank < grid.cluster; ++rank) {
+        for (int warp = 0; warp < grid.threads / kWarp; ++warp) order.emplace_back(rank, warp);
+    }
+    for (;;) {
+        std::shuffle(order.begin(), order.end(), random);
+        for (auto [rank, warp] : order) run_warp(*cluster[rank], warp);
+        early_copies(random);
+        if (anybody_ready() || release_barriers()) continue;
+        if (std::all_of(cluster.begin(), cluster.end(), [](const auto& own) { return own->ended(); })) break;
+        if (!late_copy(random)) report_stuck();
+    }
+    end_cluster();
 }
 
 Range& range_of(const void* pointer, size_t bytes, bool write) {
@@ -279,13 +295,28 @@ Range& range_of(const void* pointer, size_t bytes, bool write) {
 
 int thread_index() { return block->running; }
 int64_t block_index() { return block->index; }
-int64_t block_count() { return block->count; }
+int64_t block_count() { return block->grid.blocks; }
 
-void sync_block() {
+void leave(State state) {
     Fiber& fiber = block->fibers[block->running];
-    fiber.state = State::barrier;
+    fiber.state = state;
     switch_to_scheduler(fiber, false);
 }
+
+void wait_for(const void* what, const Reason& reason) {
+    Fiber& fiber = block->fibers[block->running];
+    fiber.waiting_for = what;
+    fiber.reason = reason;
+    leave(State::waiting);
+}
+
+void wake(Block& of, const void* what) {
+    for (Fiber& fiber : of.fibers) {
+        if (fiber.state == State::waiting && fiber.waiting_for == what) fiber.state = State::ready;
+    }
+}
+
+void sync_block() { leave(State::barrier); }
 
 void meet(Meeting kind, void* slot, const std::function<void(void**)>& compute) {
     int thread = block->running;
@@ -294,9 +325,7 @@ void meet(Meeting kind, void* slot, const std::function<void(void**)>& compute) 
     if (warp.kind != kind) fail("lanes of a warp meet at different warp-wide instructions");
     warp.slots[thread % kWarp] = slot;
     if (++warp.arrived < kWarp) {
-        Fiber& fiber = block->fibers[thread];
-        fiber.state = State::meeting;
-        switch_to_scheduler(fiber, false);
+        leave(State::meeting);
         return;
     }
     warp.arrived = 0;
@@ -361,7 +390,7 @@ void copy_async(int offset, const void* from, bool valid) {
     for (int i = offset / 2; i < (offset + 16) / 2; ++i) block->cells[i].copying = block->running;
     // What was there is gone, what comes is not there yet.
     std::memset(block->shared.data() + offset, 0xff, 16);
-    block->fibers[block->running].open.push_back(Copy{offset, from, valid});
+    block->fibers[block->running].open.push_back(AsyncCopy{offset, from, valid});
 }
 
 void commit_copies() {
@@ -373,7 +402,7 @@ void commit_copies() {
 void wait_copies(int groups_under_way) {
     Fiber& fiber = block->fibers[block->running];
     while (int(fiber.groups.size()) > groups_under_way) {
-        for (const Copy& copy : fiber.groups.front()) {
+        for (const AsyncCopy& copy : fiber.groups.front()) {
             for (int i = copy.offset / 2; i < (copy.offset + 16) / 2; ++i) block->cells[i].copying = kNobody;
             void* to = shared_write(copy.offset, 16);
             if (copy.valid) {
@@ -386,8 +415,8 @@ void wait_copies(int groups_under_way) {
     }
 }
 
-void check_global_read(const void* pointer, size_t bytes) {
-    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+void check_global_read(const void* pointer, size_t bytes, size_t alignment) {
+    if (reinterpret_cast<uintptr_t>(pointer) % (alignment ? alignment : bytes) != 0)
         fail("a misaligned read of " + std::to_string(bytes) + " bytes");
     Range& range = range_of(pointer, bytes, false);
     if (!range.writable) return;
@@ -402,8 +431,8 @@ void check_global_read(const void* pointer, size_t bytes) {
     }
 }
 
-void check_global_write(const void* pointer, size_t bytes) {
-    if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+void check_global_write(const void* pointer, size_t bytes, size_t alignment) {
+    if (reinterpret_cast<uintptr_t>(pointer) % (alignment ? alignment : bytes) != 0)
         fail("a misaligned write of " + std::to_string(bytes) + " bytes");
     Range& range = range_of(pointer, bytes, true);
     size_t first = static_cast<const char*>(pointer) - range.begin;
@@ -417,25 +446,26 @@ void check_global_write(const void* pointer, size_t bytes) {
     }
 }
 
-void run_grid(const std::function<void()>& kernel, int64_t blocks, int threads, int shared_bytes) {
-    if (threads % kWarp != 0 || threads <= 0 || threads > 1024)
+void run_grid(const std::function<void()>& kernel, const Grid& grid) {
+    if (grid.threads % kWarp != 0 || grid.threads <= 0 || grid.threads > 1024)
         throw Violation("a block has 32 to 1024 threads, whole warps");
+    if (grid.cluster < 1 || grid.cluster > 8 || grid.blocks % grid.cluster != 0)
+        throw Violation("a cluster has 1 to 8 blocks, a grid whole clusters");
     ++launches;
     products.push_back(0);
-    Block own;
-    own.kernel = &kernel;
-    own.count = blocks;
-    own.threads = threads;
-    own.shared.resize(size_t(shared_bytes));
-    block = &own;
+    first_error.clear();
     struct Leave {
-        ~Leave() { block = nullptr; }
+        ~Leave() {
+            cluster.clear();
+            block = nullptr;
+        }
     } leave;
-    std::vector<int64_t> order(static_cast<size_t>(blocks));
+    while (int(cluster.size()) < grid.cluster) cluster.push_back(std::make_unique<Block>());
+    std::vector<int64_t> order(static_cast<size_t>(grid.blocks / grid.cluster));
     std::iota(order.begin(), order.end(), 0);
     std::mt19937_64 random(seed);
     std::shuffle(order.begin(), order.end(), random);
-    for (int64_t index : order) run_block(index);
+    for (int64_t index : order) run_cluster(kernel, grid, index * grid.cluster);
 }
 
 void register_tensor(const void* data, size_t bytes, bool writable, const std::string& name) {

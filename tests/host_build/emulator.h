@@ -22,7 +22,20 @@ struct Violation : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-enum class Meeting { load_matrices, multiply_add, shuffle, ballot, warp, barrier };
+// The last five: hopper_emulator.h.
+enum class Meeting {
+    load_matrices,
+    multiply_add,
+    shuffle,
+    ballot,
+    warp,
+    barrier,
+    named_barrier,
+    registers,
+    open_products,
+    close_products,
+    wait_products
+};
 
 // What the calling fiber is.
 int thread_index();
@@ -35,8 +48,9 @@ void sync_warp();
 // All lanes of the calling warp meet; `compute` runs once, with the 32 pointers in lane order.
 void meet(Meeting kind, void* slot, const std::function<void(void**)>& compute);
 
-void check_global_read(const void* pointer, size_t bytes);
-void check_global_write(const void* pointer, size_t bytes);
+// `alignment` 0 stands for `bytes`.
+void check_global_read(const void* pointer, size_t bytes, size_t alignment = 0);
+void check_global_write(const void* pointer, size_t bytes, size_t alignment = 0);
 
 // The bytes at an offset of the block's shared memory, after the checks; `by_lane` attributes the access to another
 // lane of the calling warp, `alignment` 0 stands for `bytes`.
@@ -57,8 +71,17 @@ int shared_limit();
 void allow_shared_memory(const void* kernel, int bytes);
 void check_shared_memory(const void* kernel, int bytes);
 
-// Runs `kernel` in every thread of every block, blocks in an order drawn from the seed. Throws the first Violation.
-void run_grid(const std::function<void()>& kernel, int64_t blocks, int threads, int shared_bytes);
+struct Grid {
+    int64_t blocks;
+    int threads;
+    int shared_bytes;
+    int cluster = 1;     // blocks that run at the same time
+    int min_blocks = 1;  // that the registers are cut for
+};
+
+// Runs `kernel` in every thread of every block, clusters of blocks in an order drawn from the seed. Throws the first
+// Violation.
+void run_grid(const std::function<void()>& kernel, const Grid& grid);
 
 // Global memory that kernels may touch until `forget_tensors`. Overlapping registrations are allowed for inputs only.
 void register_tensor(const void* data, size_t bytes, bool writable, const std::string& name);

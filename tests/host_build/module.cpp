@@ -5,6 +5,7 @@ namespace host_build {
 
 void bind_device(pybind11::module_& module);
 void bind_tiles(pybind11::module_& module);
+void bind_hopper(pybind11::module_& module);
 void bind_maxsim(pybind11::module_& module);
 void bind_maxsim_compressed(pybind11::module_& module);
 void bind_maxsim_smooth(pybind11::module_& module);
@@ -15,6 +16,7 @@ void bind_shifted_attention(pybind11::module_& module);
 PYBIND11_MODULE(jmlr_host_build, module) {
     host_build::bind_device(module);
     host_build::bind_tiles(module);
+    host_build::bind_hopper(module);
     host_build::bind_maxsim(module);
     host_build::bind_maxsim_compressed(module);
     host_build::bind_maxsim_smooth(module);
