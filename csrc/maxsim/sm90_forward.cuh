@@ -23,14 +23,13 @@
 namespace jmlr::maxsim::sm90 {
 
 // What the walk says of a stage to those who multiply.
-struct alignas(16) Note {
+struct alignas(64) Note {
     int document;      // of its query, or of all
     int set;           // of query rows
     int first;         // token of the tile
     uint32_t state;    // tokens to multiply with, and the flags below
     uint32_t kept[4];  // a bit per token of the tile
     int begin;         // the document's first kept token
-    int unused[3];
 };
 
 constexpr uint32_t kColumnsMask = 0xffff, kEnds = 1u << 16, kWhole = 1u << 17, kTooLong = 1u << 18, kStop = 1u << 19;
@@ -145,7 +144,7 @@ struct Forward {
                 bits = p.bits + bits_place(problem, number, text.place);
             }
             bool too_long = problem.cu_seqlens != nullptr && problem.max_length > 0 && text.length > problem.max_length;
-            Note note{document, set, extent.begin / kTokens * kTokens, 0, {}, extent.begin, {}};
+            Note note{document, set, extent.begin / kTokens * kTokens, 0, {}, extent.begin};
             do {
                 int left = tiles::larger(extent.end - note.first, 0), columns = tiles::smaller(left, kTokens);
                 uint32_t whole = ~0u;
@@ -174,7 +173,7 @@ struct Forward {
                 int64_t to = tiles::smaller(from + p.documents_per_block, p.problem.documents_per_query);
                 for (int64_t document = from; document < to; ++document) walk_document(set, query, int(document));
             }
-            Note stop{0, -1, 0, kStop, {}, 0, {}};
+            Note stop{0, -1, 0, kStop, {}, 0};
             JMLR_UNROLL
             for (int i = 0; i < kRings; ++i) {
                 leave(stop, 0, [](int) {});
