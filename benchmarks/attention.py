@@ -79,11 +79,12 @@ def executed_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype
 
 
 def _library_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
-    from jmlr_kernels import native
     from jmlr_kernels.shifted_attention import executed
 
-    shared_bytes = native.shared_memory(device)
-    return executed.library_flops(case.lengths(), case.group_size, case.heads, case.dim, dtype, shared_bytes)
+    shared_bytes, hopper = native.shared_memory(device), native.has_hopper_kernels(device)
+    return executed.library_flops(
+        case.lengths(), case.group_size, case.heads, case.dim, dtype, shared_bytes, hopper=hopper
+    )
 
 
 def _triton_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> dict[str, int]:

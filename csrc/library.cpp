@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(JMLR_NAMESPACE, library) {
         "shifted_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
         " int group_size, Tensor? cu_seqlens, Tensor? seq_lens, bool wrap, float scale) -> (Tensor, Tensor, Tensor)");
     library.def("shifted_attention_tile_sizes(int element_bytes, int head_dim, int shared_bytes) -> int[]");
+    library.def("shifted_attention_hopper_tiles(int head_dim) -> int[]");
     library.def(
         "maxsim_forward(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask,"
         " Tensor? query_weights, Tensor? cu_seqlens, bool candidates, bool normalize, bool per_token,"
