@@ -50,9 +50,10 @@ struct Forward {
     using TextTile = tiles::Panels<Element, kTokens, kDimension>;
     using Ring = tiles::Ring<kRingStages>;
 
+    static_assert(!kTiles.ordered || (kTiles.groups == 2 && !kTiles.in_turns));
     static_assert(kRowTiles <= 2 && kRings <= 2 && kTiles.stages % kRings == 0 && kRingStages >= 1);
     static_assert(kTokens <= 128 && kTokens % kTiles.step == 0 && kTokens % kTiles.box == 0);
-    static_assert(kTiles.step % 32 == 0 && kTiles.box % 8 == 0 && kDimension % 64 == 0);
+    static_assert(kTiles.step % 16 == 0 && kTiles.box % 8 == 0 && kDimension % 64 == 0);
 
     struct Params {
         tiles::TensorMap documents;
@@ -225,6 +226,16 @@ struct Forward {
 
         JMLR_DEVICE explicit Group(const Params& params) : p(params) {}
 
+        // Tiles of tokens begin in turns: a warpgroup's after the other has half of its own, so that they are not both
+        // at their maxima while the tensor cores have nothing.
+        static constexpr int kTurnBarriers = 1 + kTiles.groups, kTurnThreads = 2 * tiles::kWarpgroup;
+        JMLR_DEVICE void await_turn() const {
+            if (kTiles.ordered) tiles::sync_threads_of(kTurnBarriers + number, kTurnThreads);
+        }
+        JMLR_DEVICE void pass_turn() const {
+            if (kTiles.ordered) tiles::arrive_for(kTurnBarriers + (number ^ 1), kTurnThreads);
+        }
+
         JMLR_DEVICE void sync() const { tiles::sync_threads_of(1 + number, tiles::kWarpgroup); }
         JMLR_DEVICE int stage(const Ring& ring) const { return turn + kRings * ring.stage; }
         JMLR_DEVICE int own(int bytes_at, int row) const { return bytes_at + (number * kRows + row) * 4; }
@@ -335,6 +346,7 @@ struct Forward {
         template <int kColumns>
         JMLR_DEVICE void take_columns(const Rows& rows, int at, const Note& note) {
             float s[kRowTiles][kColumns / 8][4];
+            await_turn();
             JMLR_UNROLL
             for (int m = 0; m < kRowTiles; ++m) {
                 tiles::open_products(s[m]);
@@ -347,13 +359,21 @@ struct Forward {
             }
             if constexpr (kRowTiles == 2) {
                 tiles::wait_products<1>(s[0]);
-                absorb_tile<kTiles.by_sums>(s[0], maxima[0], note.kept, (note.state & kWhole) != 0, note.first,
-                                            p.out.winners != nullptr);
+                pass_turn();
+                absorb(s[0], maxima[0], note);
+                tiles::wait_products<0>(s[1]);
+            } else {
+                tiles::wait_products<0>(s[0]);
+                pass_turn();
             }
-            tiles::wait_products<0>(s[kRowTiles - 1]);
             release(at);
-            absorb_tile<kTiles.by_sums>(s[kRowTiles - 1], maxima[kRowTiles - 1], note.kept, (note.state & kWhole) != 0,
-                                        note.first, p.out.winners != nullptr);
+            absorb(s[kRowTiles - 1], maxima[kRowTiles - 1], note);
+        }
+
+        template <int kColumnTiles>
+        JMLR_DEVICE void absorb(float (&s)[kColumnTiles][4], Maximum (&best)[2], const Note& note) const {
+            absorb_tile<kTiles.by_sums>(s, best, note.kept, (note.state & kWhole) != 0, note.first,
+                                        p.out.winners != nullptr);
         }
 
         // As many columns as count.
@@ -374,6 +394,7 @@ struct Forward {
             Ring ring;
             int set = -1;
             clear();
+            if (number == 1) pass_turn();
             for (;;) {
                 int at = stage(ring);
                 full(at).wait(ring.parity);
@@ -390,6 +411,7 @@ struct Forward {
                 if (note.state & kEnds) finish_document(note, columns == 0);
                 ring.advance();
             }
+            if (number == 0) await_turn();  // nobody is left half way through a barrier
         }
     };
 

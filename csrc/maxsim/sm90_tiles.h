@@ -22,6 +22,7 @@ struct ForwardTiles {
     int box;        // tokens that one copy takes
     int step;       // the last tile of a document is multiplied up to a multiple of this
     int stages;
+    bool ordered;  // two warpgroups with rows of their own begin tiles in turns
     bool by_sums;  // winners are found by fused multiply-adds instead of comparisons
 
     constexpr int rows() const { return row_tiles * 64; }
@@ -37,8 +38,8 @@ constexpr ForwardTiles forward_tiles(int dimension, Sharing sharing) {
 #endif
     int row_tiles = sharing == Sharing::few || dimension == 256 ? 1 : 2;
     int stages = dimension == 64 ? 8 : dimension == 128 ? 6 : 3;
-    if (sharing == Sharing::many) return {2, row_tiles, false, 128, 64, 32, stages, true};
-    return {2, row_tiles, true, 128, 32, 32, dimension == 256 ? 2 : stages, true};
+    if (sharing == Sharing::many) return {2, row_tiles, false, 128, 64, 16, stages, true, true};
+    return {2, row_tiles, true, 128, 32, 32, dimension == 256 ? 2 : stages, false, true};
 }
 
 }  // namespace jmlr::maxsim::sm90

@@ -18,15 +18,27 @@ class _Sm90:
     """A module of kernels as maxsim_calls sees it, whose forward is another."""
 
     def __init__(self, module: Any) -> None:
-        self._module = module
+        self.module = module
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        return getattr(self.module, name)
 
     def maxsim_forward(self, *arguments: Any) -> None:
-        served.append(self._module.maxsim_sm90_forward(*arguments))
+        served.append(self.module.maxsim_sm90_forward(*arguments))
         if not served[-1]:
-            self._module.maxsim_forward(*arguments)
+            self.module.maxsim_forward(*arguments)
+
+
+@contextmanager
+def on_sm80() -> Iterator[None]:
+    """Within it, the kernels for compute capability 8.0 alone."""
+    both = maxsim_calls.kernels
+    assert isinstance(both, _Sm90)
+    maxsim_calls.kernels = both.module
+    try:
+        yield
+    finally:
+        maxsim_calls.kernels = both
 
 
 @contextmanager
