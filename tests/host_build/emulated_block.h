@@ -86,6 +86,7 @@ extern std::vector<int64_t> products;
 [[noreturn]] void fail(const std::string& what);
 
 std::string place(int offset);
+void check_arrived(int cell, int thread);
 void check_shared_place(int offset, int bytes, int alignment, int thread);
 
 // Leaves the calling fiber until `wake`.
