@@ -17,6 +17,9 @@ LONG = {
     "whole groups of tiles": ((1, 1024), 2, 1, 24, 512, {}),
     "groups of half a tile": ((1, 320), 2, 2, 24, 64, {}),
     "groups of a tile and a half": ((1, 500), 2, 2, 24, 192, {}),
+    # Queries that start a warpgroup, and the first tile of keys with one that they may not see: after them, before them.
+    "a key after the queries": ((1, 300), 2, 1, 24, 130, {}),
+    "a key before the queries' group": ((1, 200), 2, 1, 24, 129, {}),
     "an odd long group": ((1, 700), 2, 1, 24, 401, {}),
     "long and padded": ((3, 300), 2, 1, 24, 300, {"seq_lens": (299, 65, 193)}),
     "long and packed": ((900,), 2, 1, 24, 350, {"cu_seqlens": (0, 320, 449, 450, 840)}),
