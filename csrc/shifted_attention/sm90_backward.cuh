@@ -140,14 +140,21 @@ private:
     int landed_ = 0;
 };
 
+// A descriptor of what lies so many bytes further on: one addition, since addresses have no carry.
+JMLR_DEVICE uint64_t moved(uint64_t matrix, int bytes) {
+    return (matrix & 0xffffffff00000000u) | uint32_t(uint32_t(matrix) + uint32_t(bytes / 16));
+}
+
 // a b^T, summed over the first kDepth columns of both tiles.
 template <int kDepth, class Tile, class Other, int kColumns>
 JMLR_DEVICE void multiply_rows(float (&c)[kColumns][4], const Tile& a, const Other& b) {
     static_assert(Tile::kRows == kOwned && Other::kRows == 8 * kColumns && kDepth <= Tile::kColumns);
+    uint64_t left = tiles::inner_matrix(a, 0, 0), right = tiles::inner_matrix(b, 0, 0);
     JMLR_UNROLL
     for (int k = 0; k < kDepth; k += 16) {
-        tiles::multiply_async<typename Tile::Element, Major::inner, Major::inner>(c, tiles::inner_matrix(a, 0, k),
-                                                                                  tiles::inner_matrix(b, 0, k), k > 0);
+        int panel = k / Tile::kPanelColumns, bytes = k % Tile::kPanelColumns * 2;
+        tiles::multiply_async<typename Tile::Element, Major::inner, Major::inner>(
+            c, moved(left, panel * Tile::kPanelBytes + bytes), moved(right, panel * Other::kPanelBytes + bytes), k > 0);
     }
 }
 
