@@ -224,7 +224,7 @@ JMLR_DEVICE void store_sums(const float (&sums)[kSums][4], const Tile& staged, c
     tiles::sync_threads_of(id, tiles::kWarpgroup);
     if (first + kOwned <= document.owned || document.first + document.owned == layout.rows) {
         if (tiles::thread_index() % tiles::kWarpgroup == 0) {
-            store_rows(map, staged, 0, document, head, first);
+            store_rows(map, staged, document, head, first);
             tiles::commit_stores();
         }
         return;

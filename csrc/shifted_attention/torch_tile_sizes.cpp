@@ -29,12 +29,10 @@ std::vector<int64_t> reported_hopper_tiles(int64_t head_dim) {
     if (head_dim < 8 || head_dim % 8 != 0 || head_dim > sm90::kWidestHead) return {0};
     const int block_d = sm90::block_d_of(head_dim);
     const auto forward = sm90::forward_tiles(block_d);
-    std::vector<int64_t> reported{block_d, 64 * forward.warpgroups, forward.keys};
-    if (head_dim > sm90::kWidestBackwardHead) return reported;
-    for (const auto& tiles : {sm90::backward_dq_tiles(block_d), sm90::backward_dkdv_tiles(block_d)}) {
-        reported.insert(reported.end(), {64 * tiles.warpgroups, tiles.streamed});
-    }
-    return reported;
+    const auto dq = sm90::backward_dq_tiles(block_d), dkdv = sm90::backward_dkdv_tiles(block_d);
+    if (head_dim > sm90::kWidestBackwardHead) return {block_d, 64 * forward.warpgroups, forward.keys};
+    return {block_d,     64 * forward.warpgroups, forward.keys, 64 * dq.warpgroups,
+            dq.streamed, 64 * dkdv.warpgroups,    dkdv.streamed};
 }
 
 }  // namespace
