@@ -200,7 +200,7 @@ void start_block(const std::function<void()>& kernel, const Grid& grid, int64_t 
     block->grid = grid;
     block->index = index;
     block->rank = rank;
-    block->epoch = 1;
+    block->epoch = block->cluster_epoch = 1;
     block->shared.assign(grid.shared_bytes, char(0xff));
     block->cells.assign(block->shared.size() / 2, Cell());
     block->warps.assign(grid.threads / kWarp, Warp());
@@ -246,6 +246,25 @@ bool release_barriers() {
     return any;
 }
 
+// The same of a cluster: those that have ended are not waited for.
+bool release_cluster() {
+    bool any = false;
+    for (const auto& own : cluster) {
+        for (const Fiber& fiber : own->fibers) {
+            if (fiber.state != State::cluster && fiber.state != State::finished) return false;
+            any |= fiber.state == State::cluster;
+        }
+    }
+    for (const auto& own : cluster) {
+        if (any) ++own->epoch, ++own->cluster_epoch;
+        for (Fiber& fiber : own->fibers) {
+            if (fiber.state == State::cluster) fiber.state = State::ready;
+        }
+    }
+    if (any) cluster[0]->hopper->actors.exchange_all();
+    return any;
+}
+
 [[noreturn]] void report_stuck() {
     for (const auto& own : cluster) {
         block = own.get();
@@ -255,7 +274,7 @@ bool release_barriers() {
             finished += state == State::finished;
             waiting += state == State::barrier;
             if (state == State::meeting && stuck == kNobody) stuck = thread;
-            if (state == State::waiting && blocked == kNobody) blocked = thread;
+            if ((state == State::waiting || state == State::cluster) && blocked == kNobody) blocked = thread;
         }
         if (blocked != kNobody) fail("deadlock: " + who_waits(), blocked);
         if (stuck != kNobody) fail("a warp-wide instruction that not all lanes reach", stuck);
@@ -279,7 +298,7 @@ void run_cluster(const std::function<void()>& kernel, const Grid& grid, int64_t 
         std::shuffle(order.begin(), order.end(), random);
         for (auto [rank, warp] : order) run_warp(*cluster[rank], warp);
         early_copies(random);
-        if (anybody_ready() || release_barriers()) continue;
+        if (anybody_ready() || release_barriers() || release_cluster()) continue;
         if (std::all_of(cluster.begin(), cluster.end(), [](const auto& own) { return own->ended(); })) break;
         if (!late_copy(random)) report_stuck();
     }
