@@ -7,14 +7,11 @@
 // with its values, and compute the scores of other warpgroups. docs/hopper.md has the arithmetic.
 #pragma once
 
-#include "../tiles/fragments.h"
-#include "sm90_rows.h"
+#include "sm90_softmax.h"
 #include "sm90_tiles.h"
+#include "sm90_warpgroup.h"
 
 namespace jmlr::shifted_attention::sm90 {
-
-using tiles::Barrier;
-using tiles::Major;
 
 template <class Element>
 struct ForwardParams {
@@ -30,24 +27,23 @@ template <class Element, int kBlockD>
 struct Forward {
     static constexpr ForwardTiles kTiles = forward_tiles(kBlockD);
     static constexpr int kWarpgroups = kTiles.warpgroups, kStages = kTiles.stages;
-    static constexpr int kBlockM = 64 * kWarpgroups, kBlockN = kTiles.keys;
+    static constexpr int kBlockM = kOwned * kWarpgroups, kBlockN = kTiles.keys;
     static constexpr int kConsumers = kWarpgroups * tiles::kWarpgroup;
     static constexpr int kThreads = kConsumers + tiles::kWarpgroup, kMinBlocks = 1;
 
     using Params = ForwardParams<Element>;
-    using Fragments = tiles::Fragments<Element>;
-    using QueryTile = tiles::Panels<Element, kBlockM, panels_of(kBlockD)>;
-    using KeyTile = tiles::Panels<Element, kBlockN, panels_of(kBlockD)>;
+    using OwnTile = Panels<Element, kOwned, panels_of(kBlockD)>;  // of a warpgroup's queries, and of their output
+    using KeyTile = Panels<Element, kBlockN, panels_of(kBlockD)>;
     using Ring = tiles::Ring<kStages>;
     template <int kKeys>
     using Scores = float[kKeys / 8][4];
     using Sums = float[kBlockD / 8][4];
-    using Weights = typename Fragments::A[kBlockN / 16];
+    using Weights = sm90::Weights<Element, kBlockN / 8>;
 
     // Slots of shared memory, each with a barrier for "full" and one for "empty".
     static constexpr int kQuerySlot = 0, kKeySlots = 1, kValueSlots = 1 + kStages, kSlots = 1 + 2 * kStages;
-    static constexpr int kQueries = 0, kOutput = kTiles.own_output ? QueryTile::kBytes : 0;
-    static constexpr int kKeys = kOutput + QueryTile::kBytes, kValues = kKeys + kStages * KeyTile::kBytes;
+    static constexpr int kQueries = 0, kOutput = kTiles.own_output ? kWarpgroups * OwnTile::kBytes : 0;
+    static constexpr int kKeys = kOutput + kWarpgroups * OwnTile::kBytes, kValues = kKeys + kStages * KeyTile::kBytes;
     static constexpr int kWork = kValues + kStages * KeyTile::kBytes, kBarriers = kWork + kWorkBytes;
     static constexpr int kSharedBytes = kBarriers + 16 * kSlots;
     static_assert(kSharedBytes <= tiles::kSharedOfHopper);
@@ -72,6 +68,8 @@ struct Forward {
 private:
     static JMLR_DEVICE Barrier full(int slot) { return Barrier(kBarriers + 16 * slot); }
     static JMLR_DEVICE Barrier empty(int slot) { return Barrier(kBarriers + 16 * slot + 8); }
+    static JMLR_DEVICE OwnTile query_tile(int warpgroup) { return {kQueries + warpgroup * OwnTile::kBytes}; }
+    static JMLR_DEVICE OwnTile output_tile(int warpgroup) { return {kOutput + warpgroup * OwnTile::kBytes}; }
     static JMLR_DEVICE KeyTile key_tile(int stage) { return {kKeys + stage * KeyTile::kBytes}; }
     static JMLR_DEVICE KeyTile value_tile(int stage) { return {kValues + stage * KeyTile::kBytes}; }
 
@@ -103,8 +101,9 @@ private:
                 full(kQuerySlot).arrive();
                 continue;
             }
-            full(kQuerySlot).arrive_expecting(QueryTile::kBytes);
-            copy_rows(QueryTile{kQueries}, p.q, full(kQuerySlot), work.document, work.head, work.tile);
+            full(kQuerySlot).arrive_expecting(kWarpgroups * OwnTile::kBytes);
+            for (int w = 0; w < kWarpgroups; ++w)
+                copy_rows(query_tile(w), p.q, full(kQuerySlot), work.document, work.head, work.tile + kOwned * w);
 
             auto load = [&](Ring& ring, int slots, const KeyTile& to, const TensorMap& from, int n) {
                 int slot = slots + ring.stage;
@@ -141,8 +140,6 @@ private:
         if (is_first_of_warpgroup()) tiles::wait_stores<0>();
     }
 
-    static JMLR_DEVICE bool is_first_of_warpgroup() { return tiles::thread_index() % tiles::kWarpgroup == 0; }
-
     // A warp no longer needs a slot.
     static JMLR_DEVICE void release(int slot) {
         if (tiles::lane() == 0) empty(slot).arrive();
@@ -165,49 +162,15 @@ private:
         if constexpr (kTiles.take_turns) tiles::arrive_for(kTurns + next, 2 * tiles::kWarpgroup);
     }
 
-    // The running softmax of a thread's two rows, in base 2: lane / 4 of the warp's 16, and the one eight below.
-    // `total` is of the lane's own columns.
-    struct Softmax {
-        float largest[2] = {-tiles::kInfinity, -tiles::kInfinity}, total[2] = {};
-
-        // Scores times `factor`, which is positive, become weights. What was summed up before must be multiplied by
-        // `rescale`.
-        template <int kColumns>
-        JMLR_DEVICE void take(float (&scores)[kColumns][4], float factor, float (&rescale)[2]) {
-            JMLR_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                float top = scores[0][2 * half];
-                JMLR_UNROLL
-                for (int n = 0; n < kColumns; ++n)
-                    top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-                top = fmaxf(largest[half], tiles::row_maximum(top) * factor);
-                // Rows that see no key yet: -inf minus -inf must not appear.
-                float reference = top == -tiles::kInfinity ? 0 : top;
-                rescale[half] = tiles::exp2_approximate(largest[half] - reference);
-                largest[half] = top;
-                float sum = 0;
-                JMLR_UNROLL
-                for (int n = 0; n < kColumns; ++n) {
-                    JMLR_UNROLL
-                    for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                        scores[n][i] = tiles::exp2_approximate(scores[n][i] * factor - reference);
-                        sum += scores[n][i];
-                    }
-                }
-                total[half] = total[half] * rescale[half] + sum;
-            }
-        }
-    };
-
     // What a warpgroup's queries may see: tiles last - 1 down to first of the walk.
     struct Share {
         int row, first = 0, last = 0, keys_of_last = 0;
         int all_start;  // the latest start of their groups: keys from here on need no mask for it
 
         JMLR_DEVICE Share(const Work& work, const Groups& groups, const Walk& walk, int warpgroup)
-            : row(work.tile + 64 * warpgroup), all_start(groups.start(row + 63)) {
+            : row(work.tile + kOwned * warpgroup), all_start(groups.start(row + kOwned - 1)) {
             if (row >= groups.length) return;
-            int end = smaller(row + 64, groups.length);
+            int end = smaller(row + kOwned, groups.length);
             first = (groups.start(row) - walk.begin) / kBlockN;
             last = ceil_div(end - walk.begin, kBlockN);
             keys_of_last = end - walk.tile(last - 1);
@@ -218,7 +181,6 @@ private:
                                    Ring& values, Sums& out, Softmax& softmax) {
         Walk walk(work, groups);
         Share share(work, groups, walk, warpgroup);
-        int row = share.row - work.tile;
         if (walk.tiles > 0 && brings_foreign_rows(p.layout, work.document, walk.tile(walk.tiles)))
             clear_values(values, groups.length - walk.tile(walk.tiles - 1));
 
@@ -232,12 +194,12 @@ private:
             auto first_tile = [&](auto& part) {
                 full(kKeySlots + keys.stage).wait(keys.parity);
                 take_turn(warpgroup);
-                multiply_keys(part, row, keys.stage);
+                multiply_keys(part, warpgroup, keys.stage);
                 pass_turn(warpgroup);
                 tiles::wait_products<0>(part);
                 release(kKeySlots, keys);
                 weigh(p, groups, share, walk.tile(share.last - 1), part, softmax, rescale);
-                to_weights(part, weights);
+                weights.take(part);
                 full(kValueSlots + values.stage).wait(values.parity);
             };
             if (halved) {
@@ -248,7 +210,7 @@ private:
             for (int n = share.last - 2; n >= share.first; --n) {
                 full(kKeySlots + keys.stage).wait(keys.parity);
                 take_turn(warpgroup);
-                multiply_keys(scores, row, keys.stage);
+                multiply_keys(scores, warpgroup, keys.stage);
                 multiply_values(out, weights, values.stage, halved);
                 pass_turn(warpgroup);
                 halved = false;
@@ -264,7 +226,7 @@ private:
                 release(kValueSlots, values);
                 JMLR_UNROLL
                 for (int i = 0; i < kBlockD / 2; ++i) out[i / 4][i % 4] *= rescale[i % 4 / 2];
-                to_weights(scores, weights);
+                weights.take(scores);
             }
             if constexpr (kTiles.own_output) release(kQuerySlot);
             multiply_values(out, weights, values.stage, halved);
@@ -296,34 +258,23 @@ private:
     }
 
     template <int kColumns>
-    static JMLR_DEVICE void multiply_keys(float (&scores)[kColumns][4], int row, int stage) {
+    static JMLR_DEVICE void multiply_keys(float (&scores)[kColumns][4], int warpgroup, int stage) {
         tiles::open_products(scores);
-        JMLR_UNROLL
-        for (int k = 0; k < kBlockD; k += 16) {
-            tiles::multiply_async<Element, Major::inner, Major::inner>(
-                scores, tiles::inner_matrix(QueryTile{kQueries}, row, k), tiles::inner_matrix(key_tile(stage), 0, k),
-                k > 0);
-        }
+        multiply_rows<kBlockD>(scores, query_tile(warpgroup), key_tile(stage));
         tiles::close_products();
     }
 
+    // The branches are whole groups of products, or the compiler would put fences between these.
     static JMLR_DEVICE void multiply_values(Sums& out, const Weights& weights, int stage, bool halved) {
         if (halved) {
-            multiply_values<kBlockN / 2>(out, weights, stage);
+            tiles::open_products(out);
+            weights.template multiply<kBlockN / 16>(out, value_tile(stage));
+            tiles::close_products();
         } else {
-            multiply_values<kBlockN>(out, weights, stage);
+            tiles::open_products(out);
+            weights.multiply(out, value_tile(stage));
+            tiles::close_products();
         }
-    }
-
-    template <int kKeys>
-    static JMLR_DEVICE void multiply_values(Sums& out, const Weights& weights, int stage) {
-        tiles::open_products(out);
-        JMLR_UNROLL
-        for (int k = 0; k < kKeys; k += 16) {
-            tiles::multiply_async<Element, Major::outer>(out, weights[k / 16].r,
-                                                         tiles::outer_matrix(value_tile(stage), k, 0), true);
-        }
-        tiles::close_products();
     }
 
     // Scores of the tile of keys at position `key` become weights.
@@ -337,42 +288,18 @@ private:
             for (int i = 0; i < 4 * kColumns; ++i) scores[i / 4][i % 4] *= factor;
             factor = 1;
         }
-        int query = share.row + tiles::warp() % tiles::kWarpgroupWarps * 16 + tiles::accumulator_row(0);
-        int first = key + tiles::accumulator_column(0);
-        if (key + 8 * kColumns - 1 > share.row) {
-            hide(scores, [&](int half, int column) { return column > query + 8 * half - first; });
-        }
-        if (key < share.all_start) {
-            int starts[2] = {groups.start(query) - first, groups.start(query + 8) - first};
-            hide(scores, [&](int half, int column) { return column < starts[half]; });
-        }
+        hide_others(scores, groups, share.row, own_row(0), share.all_start, key);
         softmax.take(scores, factor, rescale);
-    }
-
-    // No weight where hidden(half, column), of the thread's two rows and the columns from its first on.
-    template <int kColumns, class Hidden>
-    static JMLR_DEVICE void hide(float (&scores)[kColumns][4], Hidden hidden) {
-        JMLR_UNROLL
-        for (int n = 0; n < kColumns; ++n) {
-            JMLR_UNROLL
-            for (int i = 0; i < 4; ++i) scores[n][i] = hidden(i / 2, 8 * n + i % 2) ? -tiles::kInfinity : scores[n][i];
-        }
-    }
-
-    template <int kColumns>
-    static JMLR_DEVICE void to_weights(const float (&scores)[kColumns][4], Weights& weights) {
-        JMLR_UNROLL
-        for (int n = 0; n < kColumns; n += 2) weights[n / 2] = Fragments::from_accumulators(&scores[n]);
     }
 
     static JMLR_DEVICE void finish(const Params& p, const Work& work, int warpgroup, Sums& out,
                                    const Softmax& softmax) {
         const Document& document = work.document;
-        int row = work.tile + 64 * warpgroup, band = tiles::warp() % tiles::kWarpgroupWarps * 16;
+        int row = work.tile + kOwned * warpgroup;
         float* lse = p.lse + (int64_t(document.batch) * p.layout.heads + work.head) * p.layout.rows + document.first;
         JMLR_UNROLL
         for (int half = 0; half < 2; ++half) {
-            int position = row + band + tiles::accumulator_row(2 * half);
+            int position = row + own_row(2 * half);
             bool inside = position < document.length;
             float total = tiles::row_sum(softmax.total[half]), inverse = 1 / total;
             JMLR_UNROLL
@@ -385,60 +312,21 @@ private:
                 tiles::store(lse + position, inside ? log_sum : tiles::kInfinity);
             }
         }
-        // Boxes end where the tensor does, not where a document does.
-        bool boxes = row + 64 <= document.owned || document.first + document.owned == p.layout.rows;
-        if (row < document.owned && boxes) {
-            store_boxes(p, work, warpgroup, out);
-        } else if (row < document.owned) {
-            store_pairs(p, work, row + band, out);
+        if (kTiles.own_output) free_output(warpgroup);
+        if (row < document.owned) {
+            store_sums(out, output_tile(warpgroup), p.out, p.out_rows, document, work.head, row, p.head_dim,
+                       kStaged + warpgroup);
         }
-        if constexpr (!kTiles.own_output) {
-            if (is_first_of_warpgroup()) tiles::wait_stores<0>();
-            tiles::sync_threads_of(kStaged + warpgroup, tiles::kWarpgroup);
+        if (!kTiles.own_output) {
+            free_output(warpgroup);
             release(kQuerySlot);
         }
     }
 
-    static JMLR_DEVICE void store_boxes(const Params& p, const Work& work, int warpgroup, const Sums& out) {
-        QueryTile staged{kOutput};
-        int row = 64 * warpgroup, band = row + tiles::warp() % tiles::kWarpgroupWarps * 16;
-        if constexpr (kTiles.own_output) {
-            if (is_first_of_warpgroup()) tiles::wait_stores<0>();
-            tiles::sync_threads_of(kStaged + warpgroup, tiles::kWarpgroup);
-        }
-        JMLR_UNROLL
-        for (int n = 0; n < kBlockD / 8; ++n) {
-            JMLR_UNROLL
-            for (int i = 0; i < 4; i += 2) {
-                staged.panel(n / 8).write_pair(band + tiles::accumulator_row(i),
-                                               n % 8 * 8 + tiles::accumulator_column(i), out[n][i], out[n][i + 1]);
-            }
-        }
-        tiles::fence_async();
+    // Until what the warpgroup stored last has left shared memory.
+    static JMLR_DEVICE void free_output(int warpgroup) {
+        if (is_first_of_warpgroup()) tiles::wait_stores<0>();
         tiles::sync_threads_of(kStaged + warpgroup, tiles::kWarpgroup);
-        if (is_first_of_warpgroup()) {
-            sm90::store_rows(p.out, staged, row, work.document, work.head, work.tile + row);
-            tiles::commit_stores();
-        }
-    }
-
-    // Of the last rows of a packed document: what comes after them belongs to others.
-    static JMLR_DEVICE void store_pairs(const Params& p, const Work& work, int row, const Sums& out) {
-        const Document& document = work.document;
-        Element* base = p.out_rows.data + document.first * p.out_rows.token_stride + work.head * p.out_rows.head_stride;
-        JMLR_UNROLL
-        for (int i = 0; i < 4; i += 2) {
-            int position = row + tiles::accumulator_row(i);
-            if (position >= document.owned) continue;
-            Element* to = base + position * p.out_rows.token_stride;
-            JMLR_UNROLL
-            for (int n = 0; n < kBlockD / 8; ++n) {
-                int column = 8 * n + tiles::accumulator_column(i);
-                if (column < p.head_dim)
-                    tiles::store(reinterpret_cast<uint32_t*>(to + column),
-                                 tiles::pack<Element>(out[n][i], out[n][i + 1]));
-            }
-        }
     }
 };
 
@@ -452,16 +340,17 @@ void forward_of(const ForwardProblem& problem, int processors, void* stream) {
         auto map = [&](const Input& input, int64_t heads, int rows) {
             return map_of<Element>(input, problem, heads, rows);
         };
-        typename Kernel::Params params{layout,
-                                       map(problem.q, problem.heads, Kernel::kBlockM),
-                                       map(problem.k, problem.kv_heads, Kernel::kBlockN),
-                                       map(problem.v, problem.kv_heads, Kernel::kBlockN),
-                                       map(contiguous_input(problem.out, problem, problem.heads), problem.heads, 64),
-                                       contiguous_rows(static_cast<Element*>(problem.out), problem, problem.heads),
-                                       problem.lse,
-                                       int(items),
-                                       int(problem.head_dim),
-                                       float(problem.scale * kLog2E)};
+        typename Kernel::Params params{
+            layout,
+            map(problem.q, problem.heads, kOwned),
+            map(problem.k, problem.kv_heads, Kernel::kBlockN),
+            map(problem.v, problem.kv_heads, Kernel::kBlockN),
+            map(contiguous_input(problem.out, problem, problem.heads), problem.heads, kOwned),
+            contiguous_rows(static_cast<Element*>(problem.out), problem, problem.heads),
+            problem.lse,
+            int(items),
+            int(problem.head_dim),
+            float(problem.scale * kLog2E)};
         tiles::launch<Kernel>(params, blocks, stream);
     };
     switch (block_d_of(problem.head_dim)) {

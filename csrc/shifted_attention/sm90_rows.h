@@ -49,13 +49,12 @@ JMLR_DEVICE void copy_rows(const Tile& to, const TensorMap& from, const tiles::B
     }
 }
 
-// The way back, for boxes of kRows rows from `row` of the tile on. Nothing is written beyond the tensor.
+// The way back. Nothing is written beyond the tensor.
 template <class Tile>
-JMLR_DEVICE void store_rows(const TensorMap& to, const Tile& from, int row, const Document& document, int head,
-                            int position) {
+JMLR_DEVICE void store_rows(const TensorMap& to, const Tile& from, const Document& document, int head, int position) {
     JMLR_UNROLL
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-        tiles::store_box(to, from.offset + panel * Tile::kPanelBytes + row * 128, panel * Tile::kPanelColumns, head,
+        tiles::store_box(to, from.offset + panel * Tile::kPanelBytes, panel * Tile::kPanelColumns, head,
                          document.first + position, document.batch);
     }
 }

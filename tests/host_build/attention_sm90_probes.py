@@ -17,6 +17,9 @@ LONG = {
     "whole groups of tiles": ((1, 1024), 2, 1, 24, 512, {}),
     "groups of half a tile": ((1, 320), 2, 2, 24, 64, {}),
     "groups of a tile and a half": ((1, 500), 2, 2, 24, 192, {}),
+    # The first query of a warpgroup may see all but one key of a tile: the last, the first.
+    "a key after the queries": ((1, 300), 2, 1, 24, 130, {}),
+    "a key before the queries' group": ((1, 200), 2, 1, 24, 129, {}),
     "an odd long group": ((1, 700), 2, 1, 24, 401, {}),
     "long and padded": ((3, 300), 2, 1, 24, 300, {"seq_lens": (299, 65, 193)}),
     "long and packed": ((900,), 2, 1, 24, 350, {"cu_seqlens": (0, 320, 449, 450, 840)}),
@@ -164,6 +167,26 @@ def far_rows(dtype):
         same(attention_sm90_calls.forward(*apart, 2, **options), attention_sm90_calls.forward(*tensors, 2, **options))
 
 
+def what_is_served(dtype):
+    """What copies of boxes can read, and "split" alone: all else is left to the kernels of compute capability 8.0."""
+    serves = attention_sm90_calls.serves
+    q, k, v, _ = make_inputs((2, 6), 4, 2, 64, dtype)
+    assert serves(q, k, v)
+    assert serves(q.transpose(1, 2).contiguous().transpose(1, 2), k, v)
+    assert serves(q[0], k[0], v[0], packed=int32(0, 6))
+    assert not serves(q, k, v, boundary="wrap")
+    assert not serves(q.float(), k.float(), v.float())
+    assert not serves(q[..., 1:9], k[..., 1:9], v[..., 1:9]), "a start between multiples of 16 bytes"
+    assert not serves(*(x[..., :20] for x in (q, k, v))), "an output whose rows start between multiples of 16 bytes"
+    assert not serves(q, k, v[:, :, :1].expand_as(v)), "a stride of 0"
+    wide = torch.empty(2, 6, 2, 264, dtype=dtype)
+    assert not serves(wide, wide, wide), "a head too wide"
+    narrow = torch.empty(2, 6, 4, 68, dtype=dtype)[..., :64]
+    assert not serves(narrow, k, v), "a stride that is no multiple of 16 bytes"
+    none = torch.empty(2, 0, 4, 64, dtype=dtype)
+    assert not serves(none, none, none)
+
+
 _CORNERS = (a_token_alone, foreign_values, scales, large_scores, log_sums, causality, strides, order_of_blocks)
-_CORNERS += (long_groups, long_lengths, far_rows)
+_CORNERS += (long_groups, long_lengths, far_rows, what_is_served)
 PROBES = {probe.__name__.replace("_", " "): probe for probe in _CORNERS}
