@@ -145,18 +145,48 @@ JMLR_DEVICE uint64_t moved(uint64_t matrix, int bytes) {
     return (matrix & 0xffffffff00000000u) | uint32_t(uint32_t(matrix) + uint32_t(bytes / 16));
 }
 
-// a b^T, summed over the first kDepth columns of both tiles.
-template <int kDepth, class Tile, class Other, int kColumns>
-JMLR_DEVICE void multiply_rows(float (&c)[kColumns][4], const Tile& a, const Other& b) {
-    static_assert(Tile::kRows == kOwned && Other::kRows == 8 * kColumns && kDepth <= Tile::kColumns);
-    uint64_t left = tiles::inner_matrix(a, 0, 0), right = tiles::inner_matrix(b, 0, 0);
-    JMLR_UNROLL
-    for (int k = 0; k < kDepth; k += 16) {
-        int panel = k / Tile::kPanelColumns, bytes = k % Tile::kPanelColumns * 2;
-        tiles::multiply_async<typename Tile::Element, Major::inner, Major::inner>(
-            c, moved(left, panel * Tile::kPanelBytes + bytes), moved(right, panel * Other::kPanelBytes + bytes), k > 0);
+// The rows of a warpgroup as the operand a of products over kDepth columns: in shared memory, or in registers, which
+// halves what a product reads from there.
+template <class Tile, int kDepth, bool kInRegisters>
+class OwnRows {
+public:
+    using Element = typename Tile::Element;
+
+    JMLR_DEVICE explicit OwnRows(const Tile& tile) : tile_(tile) {
+        if constexpr (kInRegisters) {
+            JMLR_UNROLL
+            for (int k = 0; k < kDepth; k += 16) {
+                auto a = tiles::Fragments<Element>::load_a(tile.panel(k / Tile::kPanelColumns),
+                                                           tiles::warp() % tiles::kWarpgroupWarps * 16,
+                                                           k % Tile::kPanelColumns);
+                JMLR_UNROLL
+                for (int i = 0; i < 4; ++i) r_[k / 16][i] = a.r[i];
+            }
+        }
     }
-}
+
+    // c = a b^T.
+    template <class Other, int kColumns>
+    JMLR_DEVICE void multiply(float (&c)[kColumns][4], const Other& b) const {
+        static_assert(Tile::kRows == kOwned && Other::kRows == 8 * kColumns && kDepth <= Tile::kColumns);
+        uint64_t left = tiles::inner_matrix(tile_, 0, 0), right = tiles::inner_matrix(b, 0, 0);
+        JMLR_UNROLL
+        for (int k = 0; k < kDepth; k += 16) {
+            int panel = k / Tile::kPanelColumns, bytes = k % Tile::kPanelColumns * 2;
+            uint64_t matrix = moved(right, panel * Other::kPanelBytes + bytes);
+            if constexpr (kInRegisters) {
+                tiles::multiply_async<Element, Major::inner>(c, r_[k / 16], matrix, k > 0);
+            } else {
+                tiles::multiply_async<Element, Major::inner, Major::inner>(
+                    c, moved(left, panel * Tile::kPanelBytes + bytes), matrix, k > 0);
+            }
+        }
+    }
+
+private:
+    Tile tile_;
+    uint32_t r_[kInRegisters ? kDepth / 16 : 1][4];
+};
 
 // Accumulators as the operand a of the next product.
 template <class Element, int kColumns>

@@ -31,11 +31,11 @@ struct BackwardDkDv {
         int warp = tiles::warp(), warpgroup = warp / tiles::kWarpgroupWarps;
         Memory::open(2);
         if (warpgroup == kTiles.warpgroups) {
-            tiles::give_registers<producer_registers(kTiles.warpgroups)>();
+            tiles::give_registers<kBackwardProducerRegisters>();
             if (warp % tiles::kWarpgroupWarps == 0) copy(p);
             if (warp % tiles::kWarpgroupWarps == 1) bring_statistics(p);
         } else {
-            tiles::take_registers<consumer_registers(kTiles.warpgroups)>();
+            tiles::take_registers<backward_registers(kTiles.warpgroups)>();
             consume(p, warpgroup);
         }
     }
@@ -186,7 +186,8 @@ private:
     static JMLR_DEVICE void walk_queries(const Params& p, const Work& work, int first, int slot, StageRing& ring,
                                          Sums& dk, Sums& dv) {
         const Layout& layout = p.plain.layout;
-        KeyTile keys = Memory::template own<0>(slot), values = Memory::template own<1>(slot);
+        using OwnRows = sm90::OwnRows<KeyTile, kBlockD, kTiles.own_in_registers>;
+        OwnRows keys(Memory::template own<0>(slot)), values(Memory::template own<1>(slot));
         Scores weights, grad_weights;
         Weights<Element, kQueries / 8> left, right;
         int before = -1;  // the stage whose product with dS^T is under way
@@ -206,9 +207,9 @@ private:
             auto statistics = tiles::shared_memory<Pair>(Memory::statistics_at(ring.stage)) + tiles::lane() % 4;
             Memory::full(ring.stage).wait(ring.parity);
             tiles::open_products(weights, grad_weights);
-            multiply_rows<kBlockD>(weights, keys, queries);
+            keys.multiply(weights, queries);
             tiles::close_products();
-            multiply_rows<kBlockD>(grad_weights, values, grads);
+            values.multiply(grad_weights, grads);
             tiles::close_products();
 
             if (kTiles.carry) {

@@ -26,10 +26,10 @@ struct BackwardDq {
         int warp = tiles::warp(), warpgroup = warp / tiles::kWarpgroupWarps;
         Memory::open(1);
         if (warpgroup == kTiles.warpgroups) {
-            tiles::give_registers<producer_registers(kTiles.warpgroups)>();
+            tiles::give_registers<kBackwardProducerRegisters>();
             if (warp % tiles::kWarpgroupWarps == 0) produce(p);
         } else {
-            tiles::take_registers<consumer_registers(kTiles.warpgroups)>();
+            tiles::take_registers<backward_registers(kTiles.warpgroups)>();
             consume(p, warpgroup);
         }
     }
@@ -106,7 +106,9 @@ private:
 
     static JMLR_DEVICE void walk_keys(const Params& p, const Work& work, int first, int slot, StageRing& ring,
                                       Sums& dq) {
-        QueryTile queries = Memory::template own<0>(slot), grads = Memory::template own<1>(slot);
+        using OwnRows = sm90::OwnRows<QueryTile, kBlockD, kTiles.own_in_registers>;
+        QueryTile grads_tile = Memory::template own<1>(slot);
+        OwnRows queries(Memory::template own<0>(slot)), grads(grads_tile);
         Groups groups = groups_of(p.plain.layout, work.head, work.document.length);
         int end = smaller(work.tile + kBlockM, work.document.length);  // of the block's walk
         int own_end = smaller(first + kOwned, end), own_begin = groups.start(first);
@@ -124,12 +126,12 @@ private:
             auto keys = Memory::template streamed<0>(ring.stage), values = Memory::template streamed<1>(ring.stage);
             Memory::full(ring.stage).wait(ring.parity);
             tiles::open_products(scores, grad_weights);
-            multiply_rows<kBlockD>(scores, queries, keys);
+            queries.multiply(scores, keys);
             tiles::close_products();
-            multiply_rows<kBlockD>(grad_weights, grads, values);
+            grads.multiply(grad_weights, values);
             tiles::close_products();
 
-            if (before < 0) statistics = statistics_of_rows(p, work, first, grads);
+            if (before < 0) statistics = statistics_of_rows(p, work, first, grads_tile);
             tiles::wait_products<1>(scores, dq);
             if (before >= 0) release(before);
             JMLR_UNROLL
