@@ -99,6 +99,13 @@ void fail(const std::string& what) { fail(what, block->running); }
 
 std::string place(int offset) { return "byte " + std::to_string(offset) + " of shared memory"; }
 
+void check_arrived(int cell, int thread) {
+    const Cell& own = block->cells[cell];
+    if (own.copying != kNobody)
+        fail("a read of " + place(cell * 2) + " while an asynchronous copy to it is under way", thread);
+    if (own.write.thread == kNobody) fail("a read of " + place(cell * 2) + ", which nobody has written", thread);
+}
+
 void check_shared_place(int offset, int bytes, int alignment, int thread) {
     if (offset < 0 || offset + bytes > int(block->shared.size())) {
         fail("access outside shared memory: " + place(offset) + ", which has " + std::to_string(block->shared.size()),
@@ -174,10 +181,17 @@ void prepare(int thread) {
 
 // Whether `earlier` and an access now by `thread` may happen in either order.
 bool unordered(const Access& earlier, int thread, uint32_t warp_epoch) {
-    if (earlier.thread == kNobody || earlier.epoch != block->epoch || block->hopper) return false;
+    if (earlier.thread == kNobody || earlier.epoch != block->epoch) return false;
     if (earlier.thread == kSeveralWarps) return true;
     if (earlier.thread == thread && !earlier.several_lanes) return false;
     return earlier.thread / kWarp != thread / kWarp || earlier.warp_epoch == warp_epoch;
+}
+
+// Of the same block.
+bool unordered(const Owner& earlier) {
+    if (!block->hopper) return earlier.epoch == block->epoch;
+    const Actors& actors = block->hopper->actors;
+    return !actors.heard(heard(), Mark{actors.thread(block->rank, earlier.thread), earlier.epoch});
 }
 
 void start_block(const std::function<void()>& kernel, const Grid& grid, int64_t index, int rank) {
@@ -186,7 +200,7 @@ void start_block(const std::function<void()>& kernel, const Grid& grid, int64_t 
     block->grid = grid;
     block->index = index;
     block->rank = rank;
-    block->epoch = 1;
+    block->epoch = block->cluster_epoch = 1;
     block->shared.assign(grid.shared_bytes, char(0xff));
     block->cells.assign(block->shared.size() / 2, Cell());
     block->warps.assign(grid.threads / kWarp, Warp());
@@ -225,9 +239,29 @@ bool release_barriers() {
         auto waits = [](const Fiber& fiber) { return fiber.state == State::barrier; };
         if (!std::all_of(own->fibers.begin(), own->fibers.end(), waits)) continue;
         ++own->epoch;
+        if (own->hopper) own->hopper->actors.exchange(own->rank, 0, own->grid.threads);
         for (Fiber& fiber : own->fibers) fiber.state = State::ready;
         any = true;
     }
+    return any;
+}
+
+// The same of a cluster: those that have ended are not waited for.
+bool release_cluster() {
+    bool any = false;
+    for (const auto& own : cluster) {
+        for (const Fiber& fiber : own->fibers) {
+            if (fiber.state != State::cluster && fiber.state != State::finished) return false;
+            any |= fiber.state == State::cluster;
+        }
+    }
+    for (const auto& own : cluster) {
+        if (any) ++own->epoch, ++own->cluster_epoch;
+        for (Fiber& fiber : own->fibers) {
+            if (fiber.state == State::cluster) fiber.state = State::ready;
+        }
+    }
+    if (any) cluster[0]->hopper->actors.exchange_all();
     return any;
 }
 
@@ -240,7 +274,7 @@ bool release_barriers() {
             finished += state == State::finished;
             waiting += state == State::barrier;
             if (state == State::meeting && stuck == kNobody) stuck = thread;
-            if (state == State::waiting && blocked == kNobody) blocked = thread;
+            if ((state == State::waiting || state == State::cluster) && blocked == kNobody) blocked = thread;
         }
         if (blocked != kNobody) fail("deadlock: " + who_waits(), blocked);
         if (stuck != kNobody) fail("a warp-wide instruction that not all lanes reach", stuck);
@@ -264,7 +298,7 @@ void run_cluster(const std::function<void()>& kernel, const Grid& grid, int64_t 
         std::shuffle(order.begin(), order.end(), random);
         for (auto [rank, warp] : order) run_warp(*cluster[rank], warp);
         early_copies(random);
-        if (anybody_ready() || release_barriers()) continue;
+        if (anybody_ready() || release_barriers() || release_cluster()) continue;
         if (std::all_of(cluster.begin(), cluster.end(), [](const auto& own) { return own->ended(); })) break;
         if (!late_copy(random)) report_stuck();
     }
@@ -336,7 +370,10 @@ void meet(Meeting kind, void* slot, const std::function<void(void**)>& compute) 
 
 void sync_warp() {
     Warp& warp = block->warps[block->running / kWarp];
-    meet(Meeting::barrier, nullptr, [&warp](void**) { ++warp.epoch; });
+    meet(Meeting::barrier, nullptr, [&warp](void**) {
+        ++warp.epoch;
+        if (block->hopper) block->hopper->actors.exchange(block->rank, block->running / kWarp * kWarp, kWarp);
+    });
 }
 
 const void* shared_read(int offset, int bytes, int by_lane, int alignment) {
@@ -344,10 +381,13 @@ const void* shared_read(int offset, int bytes, int by_lane, int alignment) {
     check_shared_place(offset, bytes, alignment, thread);
     uint32_t warp_epoch = block->warps[thread / kWarp].epoch;
     for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
+        check_arrived(i, thread);
+        if (block->hopper) {
+            Actors& actors = block->hopper->actors;
+            block->hopper->accesses.read(i, actors.now(block->rank, thread), actors.clock(block->rank, thread));
+            continue;
+        }
         Cell& cell = block->cells[i];
-        if (cell.copying != kNobody)
-            fail("a read of " + place(i * 2) + " while an asynchronous copy to it is under way", thread);
-        if (cell.write.thread == kNobody) fail("a read of " + place(i * 2) + ", which nobody has written", thread);
         if (unordered(cell.write, thread, warp_epoch)) {
             fail("a race at " + place(i * 2) + ": thread " + std::to_string(cell.write.thread) +
                      " writes, another reads",
@@ -375,6 +415,11 @@ void* shared_write(int offset, int bytes) {
         Cell& cell = block->cells[i];
         if (cell.copying != kNobody)
             fail("a write to " + place(i * 2) + " while an asynchronous copy to it is under way");
+        if (block->hopper) {
+            block->hopper->accesses.write(i, now(), heard());
+            cell.write.thread = thread;
+            continue;
+        }
         if (unordered(cell.write, thread, warp_epoch)) fail("a race at " + place(i * 2) + ": two threads write");
         if (unordered(cell.read, thread, warp_epoch)) {
             fail("a race at " + place(i * 2) + ": a thread reads, another writes");
@@ -426,8 +471,7 @@ void check_global_read(const void* pointer, size_t bytes, size_t alignment) {
         if (owner.launch == 0) fail("a read of " + range.name + " where nobody has written");
         if (owner.launch != launches || (owner.block == block->index && owner.thread == block->running)) continue;
         if (owner.block != block->index) fail("a race at " + range.name + ": another block writes what this one reads");
-        if (owner.epoch == block->epoch)
-            fail("a race at " + range.name + ": another thread writes what this one reads");
+        if (unordered(owner)) fail("a race at " + range.name + ": another thread writes what this one reads");
     }
 }
 
@@ -440,9 +484,9 @@ void check_global_write(const void* pointer, size_t bytes, size_t alignment) {
         Owner& owner = range.owners[i];
         if (owner.launch == launches && !(owner.block == block->index && owner.thread == block->running)) {
             if (owner.block != block->index) fail("a race at " + range.name + ": two blocks write the same element");
-            if (owner.epoch == block->epoch) fail("a race at " + range.name + ": two threads write the same element");
+            if (unordered(owner)) fail("a race at " + range.name + ": two threads write the same element");
         }
-        owner = Owner{block->index, block->running, launches, block->epoch};
+        owner = Owner{block->index, block->running, launches, block->hopper ? now().when : block->epoch};
     }
 }
 

@@ -6,23 +6,26 @@
 #include <utility>
 
 #include "emulated_block.h"
+#include "happens_before.h"
 #include "hopper_emulator.h"
 
 namespace emulator {
 
 struct PhaseBarrier {
-    int offset = 0, arrivals = 0, pending = 0;
+    int offset = 0, number = 0, arrivals = 0, pending = 0;
     int64_t bytes = 0;  // expected and not there yet; below zero while they came before they were expected
     uint64_t phase = 0;
     int maker = kNobody;
-    uint32_t made_in = 0;  // epoch of the block
+    uint32_t made_in = 0, made_in_cluster = 0;  // epochs of the block
     bool fenced = false;
+    Clock gathering, told;  // of those that arrive in this phase, and have arrived in earlier ones
 };
 
 struct NamedBarrier {
     int threads = 0;
-    std::vector<int> warps;  // that have arrived
+    std::vector<std::pair<int, bool>> warps;  // that have arrived, and whether they wait
     uint64_t generation = 0;
+    Clock gathering;
 };
 
 struct Store {
@@ -60,6 +63,10 @@ struct Gathering {
 };
 
 struct Hopper {
+    Hopper(Actors& actors, const Block& block);
+
+    Actors& actors;  // of the cluster
+    Accesses accesses;
     std::map<int, PhaseBarrier> barriers;  // by offset
     std::array<NamedBarrier, 16> named;
     int free_registers = 0;
@@ -68,8 +75,12 @@ struct Hopper {
     std::vector<Gathering> warpgroups;
 };
 
-// The calling block's; made at the first call.
+// The calling block's; made at the first call, for all of the cluster.
 Hopper& hopper();
+
+// The calling thread's.
+Mark now();
+const Clock& heard();
 
 // A copy that has been issued.
 struct BoxCopy {
@@ -81,10 +92,15 @@ struct BoxCopy {
 };
 extern std::vector<BoxCopy> copies;
 
-// The bytes at an offset, for a product that the calling warpgroup makes.
-const void* read_for_product(int offset, int bytes);
+// The bytes at an offset, for a product or a store of a box.
+const void* read_fenced(int offset, int bytes, Mark by, const Clock& heard);
 
-void complete_bytes(Block& of, int barrier, int bytes, int thread);
+// Whether a thread of another block of the cluster may use a barrier of this one; throws if not.
+PhaseBarrier& usable_from_afar(Block& of, int barrier);
+
+// Of the block that a copy goes into: what the bytes are marked with that come in now, and their count.
+Mark phase_mark(int barrier, int thread);
+void complete_bytes(int barrier, int bytes, int thread);
 
 // The scheduler's: some copies arrive early, one arrives because nobody can go on without it.
 void early_copies(std::mt19937_64& random);

@@ -57,14 +57,14 @@ void check_box(const TensorMap& map, int offset, const Coordinates& corner) {
 void issue(const BoxCopy& copy) {
     Block* own = block;
     int thread = own->running;
+    Mark by = now();
+    const Clock& known = heard();
+    if (copy.into != own) usable_from_afar(*copy.into, copy.barrier);
     block = copy.into;
-    if (block->ended()) {
-        block = own;
-        fail("a copy into a block of the cluster that has ended");
-    }
     for (int i = copy.offset / 2; i < (copy.offset + copy.bytes) / 2; ++i) {
         Cell& cell = block->cells[i];
         if (cell.copying != kNobody) fail("two asynchronous copies to " + place(i * 2) + " are under way", thread);
+        block->hopper->accesses.write(i, by, known);
         cell.copying = thread;
     }
     std::memset(block->shared.data() + copy.offset, 0xff, copy.bytes);
@@ -77,6 +77,7 @@ void deliver(size_t number) {
     copies[number] = copies.back();
     copies.pop_back();
     block = copy.into;
+    if (block->ended()) fail("a block ends with a copy to " + place(copy.offset) + " under way", copy.thread);
     char* shared = block->shared.data();
     if (copy.plain != nullptr) {
         std::memcpy(shared + copy.offset, copy.plain, copy.bytes);
@@ -89,15 +90,32 @@ void deliver(size_t number) {
                 std::memcpy(shared + swizzled(copy.offset + row * kRow + chunk), bytes + chunk, 16);
         }
     }
+    Mark by = phase_mark(copy.barrier, copy.thread);
     for (int i = copy.offset / 2; i < (copy.offset + copy.bytes) / 2; ++i) {
         Cell& cell = block->cells[i];
         cell.copying = kNobody;
         cell.write.thread = copy.thread;
+        block->hopper->accesses.arrived(i, by);
     }
-    complete_bytes(*copy.into, copy.barrier, copy.bytes, copy.thread);
+    complete_bytes(copy.barrier, copy.bytes, copy.thread);
+}
+
+template <class Visit>
+void each_chunk(const Store& store, Visit visit) {
+    for (int row = 0; row < store.map.box_bytes() / kRow; ++row) {
+        if (row_of(store.map, store.to, row).bytes == 0) continue;
+        for (int chunk = 0; chunk < kRow; chunk += 16) visit(swizzled(store.offset + row * kRow + chunk));
+    }
+}
+
+void hold(const Store& store, Accesses::Held held) {
+    each_chunk(store, [held](int offset) {
+        for (int i = offset / 2; i < (offset + 16) / 2; ++i) block->hopper->accesses.hold(i, held);
+    });
 }
 
 void write(const Store& store) {
+    hold(store, Accesses::kFree);
     for (int row = 0; row < store.map.box_bytes() / kRow; ++row) {
         Row inside = row_of(store.map, store.to, row);
         if (inside.bytes == 0) continue;
@@ -136,7 +154,10 @@ void copy_bytes(int offset, const void* from, int bytes, int barrier) {
 
 void store_box(const TensorMap& map, int offset, const Coordinates& to) {
     check_box(map, offset, to);
-    hopper().threads[block->running].open_stores.push_back(Store{map, offset, to});
+    Store store{map, offset, to};
+    hopper().threads[block->running].open_stores.push_back(store);
+    each_chunk(store, [](int at) { read_fenced(at, 16, now(), heard()); });
+    hold(store, Accesses::kStored);
 }
 
 void commit_stores() {

@@ -15,17 +15,6 @@ constexpr uint32_t kSharedAddress = 0x400;  // of the first byte: the system kee
 
 std::string barrier_at(int offset) { return "the barrier at " + place(offset); }
 
-Hopper make_hopper() {
-    Hopper made;
-    int threads = block->grid.threads, warps = threads / kWarp;
-    int each = std::min(kRegisters / block->grid.min_blocks / threads / 8 * 8, kMostRegisters);
-    made.threads.resize(threads);
-    made.warps.resize(warps);
-    for (WarpState& warp : made.warps) warp.registers = each;
-    made.warpgroups.resize((threads + kWarpgroup - 1) / kWarpgroup);
-    return made;
-}
-
 // For the calling thread, after the checks that every use of a barrier has to pass.
 PhaseBarrier& usable(int offset) {
     auto found = hopper().barriers.find(offset);
@@ -45,6 +34,9 @@ void advance(Block& of, PhaseBarrier& barrier) {
     }
     ++barrier.phase;
     barrier.pending = barrier.arrivals;
+    // A later phase tells what the earlier ones did, too.
+    barrier.told = barrier.gathering;
+    barrier.told[of.hopper->actors.barrier(of.rank, barrier.number)] = uint32_t(barrier.phase);
     wake(of, &barrier);
 }
 
@@ -58,7 +50,7 @@ void count_arrival(Block& of, PhaseBarrier& barrier) {
 }
 
 // `threads` of all of a warp's lanes arrive; its generation before.
-uint64_t arrive_at_named(int id, int threads) {
+uint64_t arrive_at_named(int id, int threads, bool waits) {
     if (id < 1 || id > 15) fail("named barriers are 1 to 15, not " + std::to_string(id));
     if (threads <= 0 || threads % kWarp != 0 || threads > block->grid.threads)
         fail("named barrier " + std::to_string(id) + " for " + std::to_string(threads) + " threads");
@@ -70,7 +62,7 @@ uint64_t arrive_at_named(int id, int threads) {
         uint64_t* generation;
     } slot{&own, &generation};
     int warp = block->running / kWarp;
-    meet(Meeting::named_barrier, &slot, [&barrier, id, threads, warp](void** slots) {
+    meet(Meeting::named_barrier, &slot, [&barrier, id, threads, warp, waits](void** slots) {
         for (int lane = 0; lane < kWarp; ++lane) {
             Slot* each = static_cast<Slot*>(slots[lane]);
             if (*each->own != std::pair<int, int>{id, threads})
@@ -81,11 +73,19 @@ uint64_t arrive_at_named(int id, int threads) {
             fail("named barrier " + std::to_string(id) + " for " + std::to_string(threads) + " threads and for " +
                  std::to_string(barrier.threads));
         }
-        if (std::count(barrier.warps.begin(), barrier.warps.end(), warp) > 0)
-            fail("a warp arrives twice at named barrier " + std::to_string(id));
+        for (auto [other, their] : barrier.warps) {
+            if (other == warp) fail("a warp arrives twice at named barrier " + std::to_string(id));
+        }
         barrier.threads = threads;
-        barrier.warps.push_back(warp);
+        barrier.warps.emplace_back(warp, waits);
+        Actors& actors = hopper().actors;
+        for (int lane = 0; lane < kWarp; ++lane) actors.release(block->rank, warp * kWarp + lane, barrier.gathering);
         if (int(barrier.warps.size()) * kWarp < threads) return;
+        for (auto [other, waiting] : barrier.warps) {
+            for (int lane = 0; lane < kWarp && waiting; ++lane)
+                actors.acquire(block->rank, other * kWarp + lane, barrier.gathering);
+        }
+        barrier.gathering.clear();
         barrier.warps.clear();
         ++barrier.generation;
         wake(*block, &barrier);
@@ -107,10 +107,40 @@ void grant_registers() {
 
 }  // namespace
 
+Hopper::Hopper(Actors& actors, const Block& block)
+    : actors(actors),
+      accesses(actors, block.cells.size()),
+      threads(block.grid.threads),
+      warps(block.grid.threads / kWarp),
+      warpgroups((block.grid.threads + kWarpgroup - 1) / kWarpgroup) {
+    int each = kRegisters / block.grid.min_blocks / block.grid.threads / 8 * 8;
+    for (WarpState& warp : warps) warp.registers = std::min(each, kMostRegisters);
+}
+
 Hopper& hopper() {
-    if (!block->hopper) block->hopper = std::make_shared<Hopper>(make_hopper());
+    if (!block->hopper) {
+        auto actors = std::make_shared<Actors>(int(cluster.size()), block->grid.threads);
+        for (const auto& each : cluster) {
+            // The actors live as long as the last of the blocks.
+            each->hopper = std::shared_ptr<Hopper>(new Hopper(*actors, *each), [actors](Hopper* made) { delete made; });
+        }
+    }
     return *block->hopper;
 }
+
+Mark now() { return hopper().actors.now(block->rank, block->running); }
+const Clock& heard() { return hopper().actors.clock(block->rank, block->running); }
+
+const void* read_fenced(int offset, int bytes, Mark by, const Clock& heard) {
+    check_shared_place(offset, bytes, 0, block->running);
+    for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
+        check_arrived(i, block->running);
+        hopper().accesses.read_fenced(i, by, heard);
+    }
+    return block->shared.data() + offset;
+}
+
+void fence_async() { hopper().actors.fence_now(block->rank, block->running); }
 
 uint32_t shared_address(int offset) { return kSharedAddress + uint32_t(offset); }
 
@@ -121,9 +151,13 @@ void init_barrier(int offset, int arrivals) {
     if (!made) fail(barrier_at(offset) + " is made twice");
     PhaseBarrier& barrier = found->second;
     barrier.offset = offset;
+    barrier.number = int(hopper().barriers.size()) - 1;
+    if (barrier.number >= Actors::kBarriers) fail("more barriers than the emulator keeps apart");
+    for (int i = offset / 2; i < offset / 2 + 4; ++i) hopper().accesses.hold(i, Accesses::kBarrier);
     barrier.arrivals = barrier.pending = arrivals;
     barrier.maker = block->running;
     barrier.made_in = block->epoch;
+    barrier.made_in_cluster = block->cluster_epoch;
 }
 
 void fence_barriers() {
@@ -132,6 +166,7 @@ void fence_barriers() {
 
 void arrive(int offset, int expected_bytes) {
     PhaseBarrier& barrier = usable(offset);
+    hopper().actors.release(block->rank, block->running, barrier.gathering);
     barrier.bytes += expected_bytes;
     if (expected_bytes < 0 || barrier.bytes >= kMostBytes)
         fail(barrier_at(offset) + " cannot count " + std::to_string(barrier.bytes) + " bytes");
@@ -142,24 +177,49 @@ void wait_barrier(int offset, int parity) {
     PhaseBarrier& barrier = usable(offset);
     if (parity != 0 && parity != 1) fail("the parity of a phase is 0 or 1, not " + std::to_string(parity));
     while (int(barrier.phase & 1) == parity) wait_for(&barrier, Reason{"barrier", offset, parity});
+    hopper().actors.acquire(block->rank, block->running, barrier.told);
 }
 
-void complete_bytes(Block& of, int offset, int bytes, int thread) {
-    block = &of;
-    block->running = thread;
+Mark phase_mark(int offset, int thread) {
     auto found = hopper().barriers.find(offset);
-    if (found == hopper().barriers.end()) fail("a copy tells " + barrier_at(offset) + ", which is not there");
-    if (!found->second.fenced) fail("a copy tells " + barrier_at(offset) + ", made without fence_barriers()");
-    found->second.bytes -= bytes;
-    if (found->second.bytes <= -kMostBytes) fail(barrier_at(offset) + " cannot count so many bytes");
-    advance(of, found->second);
+    if (found == hopper().barriers.end()) fail("a copy tells " + barrier_at(offset) + ", which is not there", thread);
+    const PhaseBarrier& barrier = found->second;
+    if (!barrier.fenced) fail("a copy tells " + barrier_at(offset) + ", made without fence_barriers()", thread);
+    return Mark{hopper().actors.barrier(block->rank, barrier.number), uint32_t(barrier.phase + 1)};
 }
 
-const void* read_for_product(int offset, int bytes) { return shared_read(offset, bytes); }
-void fence_async() { hopper(); }
+void complete_bytes(int offset, int bytes, int thread) {
+    PhaseBarrier& barrier = hopper().barriers.at(offset);
+    barrier.bytes -= bytes;
+    if (barrier.bytes <= -kMostBytes) fail(barrier_at(offset) + " cannot count so many bytes", thread);
+    advance(*block, barrier);
+}
 
-void sync_cluster() { fail("clusters are not there yet"); }
-void arrive_at(int, int) { fail("clusters are not there yet"); }
+PhaseBarrier& usable_from_afar(Block& of, int offset) {
+    auto found = of.hopper->barriers.find(offset);
+    std::string whose = ", of block " + std::to_string(of.index) + ",";
+    if (of.ended()) fail(barrier_at(offset) + whose + " is used after that block has ended");
+    if (found == of.hopper->barriers.end()) fail(barrier_at(offset) + whose + " is used before its init");
+    if (!found->second.fenced || found->second.made_in_cluster == of.cluster_epoch) {
+        fail(barrier_at(offset) + whose + " is used without " +
+             (found->second.fenced ? "a barrier of the cluster in between" : "fence_barriers()"));
+    }
+    return found->second;
+}
+
+void arrive_at(int offset, int rank) {
+    hopper();
+    if (rank < 0 || rank >= int(cluster.size())) fail("a cluster without a block " + std::to_string(rank));
+    Block& of = *cluster[rank];
+    PhaseBarrier& barrier = rank == block->rank ? usable(offset) : usable_from_afar(of, offset);
+    hopper().actors.release(block->rank, block->running, barrier.gathering);
+    count_arrival(of, barrier);
+}
+
+void sync_cluster() {
+    hopper();
+    leave(State::cluster);
+}
 
 void set_registers(int count, bool taking) {
     Hopper& own = hopper();
@@ -192,12 +252,12 @@ void set_registers(int count, bool taking) {
 }
 
 void sync_threads_of(int id, int threads) {
-    uint64_t generation = arrive_at_named(id, threads);
+    uint64_t generation = arrive_at_named(id, threads, true);
     const NamedBarrier& barrier = hopper().named[id];
     while (barrier.generation == generation) wait_for(&barrier, Reason{"named barrier", id, threads});
 }
 
-void arrive_for(int id, int threads) { arrive_at_named(id, threads); }
+void arrive_for(int id, int threads) { arrive_at_named(id, threads, false); }
 
 int cluster_rank() { return block->rank; }
 int cluster_size() { return block->grid.cluster; }
@@ -217,6 +277,7 @@ std::string who_waits() {
         if (fiber.state == State::finished) text += " have ended";
         if (fiber.state == State::meeting) text += " are at a warp-wide instruction that not all lanes reach";
         if (fiber.state == State::barrier) text += " wait for the block";
+        if (fiber.state == State::cluster) text += " wait for the cluster";
         if (fiber.state != State::waiting) continue;
         const Reason& reason = fiber.reason;
         if (reason.what == std::string("barrier")) {

@@ -34,6 +34,15 @@ enum HopperFault {
     kStoreOfTooManyAxes,
     kWriteWhileCopying,
     kOutsideShared,
+    kNoWaitForEmpty,
+    kEmptyTooEarly,
+    kWaitOfOneLane,
+    kNoSyncWarp,
+    kNoFenceAsync,
+    kNoSyncBeforeStore,
+    kWriteWhileStoring,
+    kBarrierOverwritten,
+    kFenceAfterSync,
 };
 
 template <class Element, tiles::Major kA, tiles::Major kB, int kN, bool kFromRegisters>
@@ -100,11 +109,12 @@ struct HopperProduct {
         for (int64_t number = tiles::block_index(); number < items(p); number += tiles::block_count()) {
             Item item(p, number);
             for (int64_t k = 0; k < p.depth + extra; k += kStep) {
-                empty(ring.stage).wait(ring.parity ^ 1);
+                if (p.fault != kNoWaitForEmpty) empty(ring.stage).wait(ring.parity ^ 1);
                 int bytes = kBytesA + TileB::kBytes;
                 if (p.fault == kTooFewBytes) bytes -= 16;
                 if (p.fault == kTooManyBytes) bytes += 16;
                 full(ring.stage).arrive_expecting(bytes);
+                if (p.fault == kTooManyArrivals) full(ring.stage).arrive();
                 fill<kInnerA, TileA>(ring.stage * kStage + (p.fault == kBoxMisaligned ? 128 : 0), p.a, ring.stage,
                                      item.row, int(k), item.batch);
                 int at_b = p.fault == kOutsideShared ? 227 * 1024 : ring.stage * kStage + kBytesA;
@@ -130,10 +140,13 @@ struct HopperProduct {
         for (int64_t number = tiles::block_index(); number < items(p); number += tiles::block_count()) {
             Item item(p, number);
             for (int64_t k = 0; k < p.depth; k += kStep) {
-                if (p.fault != kNoWaitForCopies) full(ring.stage).wait(ring.parity ^ (p.fault == kWrongParity));
+                bool waits = p.fault != kNoWaitForCopies && (p.fault != kWaitOfOneLane || tiles::lane() == 0);
+                if (waits) full(ring.stage).wait(ring.parity ^ (p.fault == kWrongParity));
+                if (p.fault == kEmptyTooEarly && tiles::lane() == 0) empty(ring.stage).arrive();
                 multiply(p, c, warpgroup, ring.stage, k > 0);
-                if (tiles::lane() == 0) empty(ring.stage).arrive();
-                if (p.fault == kTooManyArrivals) empty(ring.stage).arrive();
+                // Only products are known to all lanes without it.
+                if (kFromRegisters && p.fault != kNoSyncWarp) tiles::sync_warp();
+                if (p.fault != kEmptyTooEarly && tiles::lane() == 0) empty(ring.stage).arrive();
                 ring.advance();
             }
             finish(p, c, warpgroup, item);
@@ -194,11 +207,13 @@ struct HopperProduct {
                 to.write(0, n < kN / 8 ? Pair{c[n][half * 2], c[n][half * 2 + 1]} : Pair{});
             }
         }
-        tiles::fence_async();
+        if (p.fault == kBarrierOverwritten) tiles::shared_memory<float>(kBarriers).write(0, 0.0f);
+        if (p.fault != kNoFenceAsync && p.fault != kFenceAfterSync) tiles::fence_async();
         int id = 1 + (p.fault == kNamedBarrierForOthers ? 0 : warpgroup);
         int threads =
             p.fault == kNamedBarrierForMore || (p.fault == kNamedBarrierForOthers && warpgroup == 1) ? 256 : 128;
-        tiles::sync_threads_of(id, threads);
+        if (p.fault != kNoSyncBeforeStore) tiles::sync_threads_of(id, threads);
+        if (p.fault == kFenceAfterSync) tiles::fence_async();
         if (tiles::thread_index() % 128 == 0) {
             for (int panel = 0; panel < Out::kPanels; ++panel) {
                 int at = out.offset + panel * Out::kPanelBytes, first = item.column + panel * 32;
@@ -207,6 +222,7 @@ struct HopperProduct {
                 else tiles::store_box(p.c, at, first, item.row + warpgroup * 64, item.batch);
             }
             tiles::commit_stores();
+            if (p.fault == kWriteWhileStoring) tiles::shared_memory<float>(out.offset).write(0, 0.0f);
             if (p.fault != kStoresNotAwaited) tiles::wait_stores<0>();
         }
         tiles::sync_threads_of(1 + warpgroup, 128);

@@ -10,7 +10,7 @@ namespace emulator {
 namespace {
 
 constexpr int kRows = 64, kMostColumns = 256, kMostDepth = 32;
-constexpr uint32_t kPoison = 0x7fffdead;  // a NaN
+constexpr uint32_t kPoison = 0x7fadbeef;  // a signalling NaN: arithmetic makes another one of it
 
 int bytes_of(Number number) { return number == Number::float8 ? 1 : 2; }
 int depth_of(Number number) { return 32 / bytes_of(number); }
@@ -66,16 +66,24 @@ struct Descriptor {
     }
 };
 
-// matrix[inner][outer]
-template <int kOuter>
-void read_operand(uint64_t bits, int outer, bool outer_major, Number number, double (&matrix)[kMostDepth][kOuter]) {
+// Who reads a chunk, and what all of them have heard.
+struct Reader {
+    Mark by;
+    const Clock* heard;
+};
+
+// matrix[inner][outer]; `reader_of` knows who reads at a place of the outer dimension.
+template <int kOuter, class ReaderOf>
+void read_operand(uint64_t bits, int outer, bool outer_major, Number number, double (&matrix)[kMostDepth][kOuter],
+                  ReaderOf reader_of) {
     Descriptor descriptor(bits);
     int element = bytes_of(number), depth = depth_of(number), per_chunk = 16 / element;
     int steps_outer = outer_major ? per_chunk : 1, steps_inner = outer_major ? 1 : per_chunk;
     for (int o = 0; o < outer; o += steps_outer) {
+        Reader reader = reader_of(o);
         for (int k = 0; k < depth; k += steps_inner) {
             int offset = int(descriptor.chunk(o, k, outer_major, element)) - int(shared_address(0));
-            const char* from = static_cast<const char*>(read_for_product(offset, 16));
+            const char* from = static_cast<const char*>(read_fenced(offset, 16, reader.by, *reader.heard));
             for (int i = 0; i < per_chunk; ++i)
                 matrix[outer_major ? k : k + i][outer_major ? o + i : o] = value_of(number, from + i * element);
         }
@@ -122,9 +130,20 @@ void compute(int warpgroup, const std::array<const Product*, kWarpgroup>& all) {
     const Product& product = *all[0];
     for (const Product* each : all) check_same(product, *each);
     int depth = depth_of(product.number), columns = product.columns;
+    Hopper& own = hopper();
+    // A warp reads its own rows of a and all of b.
+    uint32_t group = uint32_t(own.warps[warpgroup * 4].closed + 1);
+    auto of_warp = [&](int row) {
+        int warp = warpgroup * 4 + row / 16;
+        if (own.warps[warp].closed + 1 != group) fail("warps of a warpgroup have closed different numbers of groups");
+        return Reader{Mark{own.actors.warp(block->rank, warp), group},
+                      &own.actors.common(block->rank, warp * kWarp, kWarp)};
+    };
+    Reader of_all{Mark{own.actors.warpgroup(block->rank, warpgroup), group},
+                  &own.actors.common(block->rank, warpgroup * kWarpgroup, kWarpgroup)};
     if (product.a_registers != nullptr) read_registers(all, product.number, a);
-    else read_operand(product.a, kRows, product.outer_a, product.number, a);
-    read_operand(product.b, columns, product.outer_b, product.number, b);
+    else read_operand(product.a, kRows, product.outer_a, product.number, a, of_warp);
+    read_operand(product.b, columns, product.outer_b, product.number, b, [&](int) { return of_all; });
     ThreadState* threads = &hopper().threads[warpgroup * kWarpgroup];
     auto each_element = [&](auto visit) {
         for (int thread = 0; thread < kWarpgroup; ++thread) {
@@ -217,6 +236,9 @@ void wait_products(int groups_under_way, const Accumulator* c, int count) {
     meet(Meeting::wait_products, nullptr, [&warp, groups_under_way](void**) {
         warp.completed = std::max(warp.completed, warp.closed - groups_under_way);
     });
+    Actors& actors = hopper().actors;
+    actors.hear(block->rank, block->running,
+                Mark{actors.warp(block->rank, block->running / kWarp), uint32_t(warp.completed)});
     ThreadState& thread = hopper().threads[block->running];
     auto named = [&](const float* at) {
         return std::any_of(c, c + count, [at](const Accumulator& each) { return each.c == at; });
