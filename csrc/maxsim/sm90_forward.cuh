@@ -1,12 +1,12 @@
 // MaxSim forward by warpgroups: query rows stay in registers, copies of boxes stream documents past them.
 //
-// One thread of a warpgroup of its own walks the documents: it orders the copies of each tile of tokens into a ring of
-// stages and leaves a note on the tile beside it. All other warpgroups multiply, and know nothing but what the notes
-// say. Each owns tiles of query rows: of several queries, since rows never mix, or a part of one long query, whose
-// parts SumParts adds up. They never wait for each other.
+// One thread of a warpgroup of its own walks the documents (sm90_walk.cuh) and has tiles of their tokens copied into a
+// ring of stages. All other warpgroups multiply. Each owns tiles of query rows: of several queries, since rows never
+// mix, or a part of one long query, whose parts SumParts adds up. What a document's rows add up to stays within one.
 //
-// While the tensor cores work on one tile of rows, the maxima of the other are taken: products of the first row tile
-// with a new tile of tokens begin before those of the second with the one before are looked at.
+// The maxima hide behind the products: a warpgroup takes those of its first row tile while the tensor cores work on
+// its second, and those of the second while they work for the other warpgroup, which begins its tiles half a tile later
+// (`ordered`).
 //
 // A tile with excluded tokens, or that reaches past the document's end, replaces their similarities by -inf before the
 // maxima are taken; what the tokens themselves hold, NaN or another document, stays in columns of their own.
@@ -15,24 +15,11 @@
 #include "../tiles/fragments.h"
 #include "../tiles/hopper.h"
 #include "../tiles/launch.h"
-#include "row_maxima.cuh"
+#include "query_rows.cuh"
 #include "sm90_maxima.cuh"
-#include "sm90_prepare.cuh"
-#include "sm90_tiles.h"
+#include "sm90_walk.cuh"
 
 namespace jmlr::maxsim::sm90 {
-
-// What the walk says of a stage to those who multiply.
-struct alignas(64) Note {
-    int document;      // of its query, or of all
-    int set;           // of query rows
-    int first;         // token of the tile
-    uint32_t state;    // tokens to multiply with, and the flags below
-    uint32_t kept[4];  // a bit per token of the tile
-    int begin;         // the document's first kept token
-};
-
-constexpr uint32_t kColumnsMask = 0xffff, kEnds = 1u << 16, kWhole = 1u << 17, kTooLong = 1u << 18, kStop = 1u << 19;
 
 template <class Element, int kDimension, Sharing kSharing>
 struct Forward {
@@ -66,10 +53,8 @@ struct Forward {
         int row_chunks;        // row tiles of one query
         int queries_per_tile;  // 1 with candidates, which no other query shares
         int tiles_per_list;    // row tiles that share documents
-        int sets;              // of row tiles that a block holds at once
+        int64_t sets;          // of row tiles that a block holds at once
         int sets_per_list;     // those that share documents
-        int64_t documents_per_block;
-        int64_t items;  // sets times runs of documents
         int lanes_per_query;
         bool whole_queries;  // pairs of columns start at multiples of 4 bytes
     };
@@ -89,125 +74,17 @@ struct Forward {
     static JMLR_DEVICE tiles::Barrier empty(int stage) { return tiles::Barrier(kEmptyAt + stage * 8); }
     static JMLR_DEVICE tiles::Shared<Note> note_of(int stage) { return tiles::shared_memory<Note>(kNotesAt) + stage; }
 
-    // ---- The walk ----
-
-    struct Walk {
-        const Params& p;
-        Ring ring{}, other{};  // of the warpgroup whose turn it is
-        int turn = 0;
-
-        JMLR_DEVICE int stage() const { return turn + kRings * ring.stage; }
-
-        JMLR_DEVICE void take_turns() {
-            if constexpr (kRings == 2) {
-                Ring own = ring;
-                ring = other;
-                other = own;
-                turn ^= 1;
-            }
-        }
-
-        // `copy`: orders the copies of the stage, of so many bytes.
-        template <class Copy>
-        JMLR_DEVICE void leave(const Note& note, int bytes, Copy copy) {
-            empty(stage()).wait(ring.parity ^ 1);
-            note_of(stage()).write(0, note);
-            full(stage()).arrive_expecting(bytes);
-            copy(stage());
-            ring.advance();
-        }
-
-        JMLR_DEVICE void copy_tile(int stage, const Text<Element>& text, const Note& note, int query, int boxes) {
-            JMLR_UNROLL
-            for (int panel = 0; panel < TextTile::kPanels; ++panel) {
-                for (int box = 0; box < boxes; ++box) {
-                    int to = text_tile(stage).offset + panel * TextTile::kPanelBytes + box * kTiles.box * 128;
-                    int column = panel * TextTile::kPanelColumns, token = note.first + box * kTiles.box;
-                    if (p.problem.cu_seqlens != nullptr) {
-                        tiles::copy_box(to, p.documents, full(stage), column, int(text.place) + token);
-                    } else if (p.problem.candidates) {
-                        tiles::copy_box(to, p.documents, full(stage), column, token, note.document, query);
-                    } else {
-                        tiles::copy_box(to, p.documents, full(stage), column, token, note.document);
-                    }
-                }
-            }
-        }
-
-        JMLR_DEVICE void walk_document(int set, int query, int document) {
-            const Problem& problem = p.problem;
-            int64_t number = document_number(problem, query, document);
-            Text<Element> text = text_of<Element>(problem, query, document);
-            Extent extent{0, text.length};
-            const uint32_t* bits = nullptr;
-            if (p.bits != nullptr) {
-                extent = tiles::load(p.extents + number);
-                bits = p.bits + bits_place(problem, number, text.place);
-            }
-            bool too_long = problem.cu_seqlens != nullptr && problem.max_length > 0 && text.length > problem.max_length;
-            Note note{document, set, extent.begin / kTokens * kTokens, 0, {}, extent.begin};
-            do {
-                int left = tiles::larger(extent.end - note.first, 0), columns = tiles::smaller(left, kTokens);
-                uint32_t whole = ~0u;
-                JMLR_UNROLL
-                for (int i = 0; i < kTokens / 32; ++i) {
-                    int inside = columns - 32 * i;
-                    note.kept[i] = inside >= 32 ? ~0u : inside <= 0 ? 0u : (1u << inside) - 1;
-                    if (bits != nullptr && inside > 0) note.kept[i] &= tiles::load(bits + note.first / 32 + i);
-                    whole &= note.kept[i];
-                }
-                columns = tiles::ceil_div(columns, kTiles.step) * kTiles.step;
-                note.state = uint32_t(columns) | (left <= kTokens ? kEnds : 0u) | (too_long ? kTooLong : 0u) |
-                             (whole == ~0u ? kWhole : 0u);
-                int boxes = tiles::ceil_div(columns, kTiles.box);
-                leave(note, boxes * kTiles.box * 128 * TextTile::kPanels,
-                      [&](int stage) { copy_tile(stage, text, note, query, boxes); });
-                note.first += kTokens;
-            } while ((note.state & kEnds) == 0);
-            take_turns();
-        }
-
-        JMLR_DEVICE void run() {
-            for (int64_t item = tiles::block_index(); item < p.items; item += tiles::block_count()) {
-                int set = int(item % p.sets), query = set / p.sets_per_list;  // without candidates there is one list
-                int64_t from = item / p.sets * p.documents_per_block;
-                int64_t to = tiles::smaller(from + p.documents_per_block, p.problem.documents_per_query);
-                for (int64_t document = from; document < to; ++document) walk_document(set, query, int(document));
-            }
-            Note stop{0, -1, 0, kStop, {}, 0};
-            JMLR_UNROLL
-            for (int i = 0; i < kRings; ++i) {
-                leave(stop, 0, [](int) {});
-                take_turns();
-            }
-        }
-    };
-
-    // ---- Those who multiply ----
-
     struct RowTile {
-        int first_query;
-        int chunk;  // of a query longer than a tile
-        bool inside;
+        int64_t first_query;  // past the last one: there is no such tile
+        int chunk;            // of a query longer than a tile
     };
 
     static JMLR_DEVICE RowTile row_tile(const Params& p, int set, int group) {
         int list = set / p.sets_per_list, within = set - list * p.sets_per_list;
         if (!kTiles.in_turns) within = within * kTiles.groups + group;
+        if (within >= p.tiles_per_list) return {p.problem.query_count, 0};
         int number = list * p.tiles_per_list + within, queries = number / p.row_chunks;
-        return {queries * p.queries_per_tile, number - queries * p.row_chunks, within < p.tiles_per_list};
-    }
-
-    struct Row {
-        int query, token;
-        bool inside;
-    };
-
-    static JMLR_DEVICE Row row_of(const Params& p, const RowTile& tile, int row) {
-        int place = tile.chunk * kRows + row;
-        int segment = p.query_length.divide(place), query = tile.first_query + segment;
-        return {query, place - segment * p.query_length.divisor(),
-                tile.inside && segment < p.queries_per_tile && query < p.problem.query_count};
+        return {int64_t(queries) * p.queries_per_tile, number - queries * p.row_chunks};
     }
 
     using Rows = typename F::A[kRowTiles][kDepths];
@@ -256,7 +133,7 @@ struct Forward {
             for (int m = 0; m < kRowTiles; ++m) {
                 JMLR_UNROLL
                 for (int half = 0; half < 2; ++half) {
-                    Row row = row_of(p, tile, m * 64 + warp * 16 + tiles::accumulator_row(2 * half));
+                    QueryRow row = query_row_of<kRows>(p, tile, m * 64 + warp * 16 + tiles::accumulator_row(2 * half));
                     const Element* from = row.inside ? query_row<Element>(problem, row.query, row.token) : nullptr;
                     JMLR_UNROLL
                     for (int k = 0; k < kDepths * 2; ++k) {
@@ -272,7 +149,7 @@ struct Forward {
             }
             sync();  // nobody reads the last set's weights any more
             if (thread < kRows) {
-                Row row = row_of(p, tile, thread);
+                QueryRow row = query_row_of<kRows>(p, tile, thread);
                 bool counts = row.inside && query_token_counts(problem, row.query, row.token);
                 tiles::shared_memory<int>(own(kCountsAt, thread)).write(0, counts);
                 tiles::shared_memory<float>(own(kWeightsAt, thread))
@@ -301,10 +178,10 @@ struct Forward {
             bool too_long = (note.state & kTooLong) != 0;
             float nobody = too_long ? tiles::bit_cast<float>(0x7fc00000u) : 0.0f;
             if (p.out.winners != nullptr || p.out.per_token) {
-                Row row = row_of(p, tile, thread);
+                QueryRow row = query_row_of<kRows>(p, tile, thread);
                 if (thread < kRows && row.inside) {
                     Maximum best = published().read(thread);
-                    int64_t pair = int64_t(row.query) * problem.documents_per_query + note.document;
+                    int64_t pair = row.query * problem.documents_per_query + note.document;
                     int64_t entry = pair * problem.query_length + row.token;
                     if (p.out.winners != nullptr) {
                         bool won = !empty && tiles::shared_memory<int>(own(kCountsAt, thread)).read() != 0;
@@ -316,30 +193,12 @@ struct Forward {
                     }
                 }
             }
-            if (!p.out.per_token) store_scores(note.document, !empty && !too_long, nobody);
-            parity ^= 1;
-        }
-
-        // Sums over a query's rows, or `nobody`. Neighbouring lanes add rows, then each other's sums.
-        JMLR_DEVICE void store_scores(int document, bool counts, float nobody) const {
-            const Problem& problem = p.problem;
-            int lanes = p.lanes_per_query, per_round = tiles::kWarpgroup / lanes;
-            for (int first = 0; first < p.queries_per_tile; first += per_round) {
-                int segment = first + thread / lanes, query = tile.first_query + segment;
-                bool inside = tile.inside && segment < p.queries_per_tile && query < problem.query_count;
-                float sum = 0.0f;
-                if (inside && counts) {
-                    int begin = segment * p.query_length.divisor();
-                    int end = tiles::smaller(begin + p.query_length.divisor() - tile.chunk * kRows, kRows);
-                    for (int row = begin + thread % lanes; row < end; row += lanes)
-                        sum += share_of(row, published().read(row).value);
-                }
-                for (int mask = 1; mask < lanes; mask *= 2) sum += tiles::shuffle_xor(sum, mask);
-                if (inside && thread % lanes == 0) {
-                    int64_t part = tile.chunk * problem.query_count + query;
-                    tiles::store(p.scores + part * problem.documents_per_query + document, counts ? sum : nobody);
-                }
+            if (!p.out.per_token) {
+                store_scores<kRows, tiles::kWarpgroup>(
+                    p, tile, thread, note.document, !empty && !too_long, nobody,
+                    [&](int row) { return share_of(row, published().read(row).value); });
             }
+            parity ^= 1;
         }
 
         // The products of the stage's first kColumns tokens, and the maxima.
@@ -429,7 +288,7 @@ struct Forward {
             tiles::give_registers<40>();
             if (tiles::thread_index() == kTiles.groups * tiles::kWarpgroup) {
                 tiles::prefetch_map(p.documents);
-                Walk{p}.run();
+                Walk<Forward>{p}.run();
             }
         } else {
             tiles::take_registers<kTiles.groups == 2 ? 232 : 160>();

@@ -9,8 +9,7 @@
 namespace jmlr::maxsim::sm90 {
 
 template <class Kernel, class Element>
-void launch_forward(const Problem& p, const ForwardOutput& out, const ForwardPlan& plan, void* scratch, int processors,
-                    void* stream) {
+void launch_forward(const Problem& p, const ForwardOutput& out, const ForwardPlan& plan, void* scratch, void* stream) {
     typename Kernel::Params params{};
     params.documents =
         tiles::tensor_map(static_cast<const Element*>(p.documents), document_axes(p, Kernel::kTiles.box));
@@ -24,23 +23,20 @@ void launch_forward(const Problem& p, const ForwardOutput& out, const ForwardPla
     params.queries_per_tile = plan.queries_per_tile;
     params.tiles_per_list = int(plan.tiles_per_list);
     params.sets_per_list = int(plan.sets_per_list);
-    params.sets = int(plan.sets);
-    params.documents_per_block = plan.documents_per_block;
-    params.items = plan.items;
+    params.sets = plan.sets;
     params.lanes_per_query = plan.lanes_per_query;
     params.whole_queries = sm80::queries_aligned<Element>(p, 4);
-    tiles::launch<Kernel>(params, plan.items < processors ? plan.items : processors, stream);
+    tiles::launch<Kernel>(params, plan.blocks, stream);
 }
 
 template <class Element, int kDimension>
-void launch_forward(const Problem& p, const ForwardOutput& out, const ForwardPlan& plan, void* scratch, int processors,
-                    void* stream) {
+void launch_forward(const Problem& p, const ForwardOutput& out, const ForwardPlan& plan, void* scratch, void* stream) {
     using Few = Forward<Element, kDimension, Sharing::few>;
     using Some = Forward<Element, kDimension, Sharing::some>;
     using Many = Forward<Element, kDimension, Sharing::many>;
-    if (plan.sharing == Sharing::few) launch_forward<Few, Element>(p, out, plan, scratch, processors, stream);
-    else if (plan.sharing == Sharing::some) launch_forward<Some, Element>(p, out, plan, scratch, processors, stream);
-    else launch_forward<Many, Element>(p, out, plan, scratch, processors, stream);
+    if (plan.sharing == Sharing::few) launch_forward<Few, Element>(p, out, plan, scratch, stream);
+    else if (plan.sharing == Sharing::some) launch_forward<Some, Element>(p, out, plan, scratch, stream);
+    else launch_forward<Many, Element>(p, out, plan, scratch, stream);
 }
 
 template <class Element>
@@ -54,13 +50,13 @@ void forward_of(const Problem& p, const ForwardOutput& out, void* scratch, int p
     }
     switch (plan.dimension_block) {
         case 64:
-            launch_forward<Element, 64>(p, out, plan, scratch, processors, stream);
+            launch_forward<Element, 64>(p, out, plan, scratch, stream);
             break;
         case 128:
-            launch_forward<Element, 128>(p, out, plan, scratch, processors, stream);
+            launch_forward<Element, 128>(p, out, plan, scratch, stream);
             break;
         default:
-            launch_forward<Element, 256>(p, out, plan, scratch, processors, stream);
+            launch_forward<Element, 256>(p, out, plan, scratch, stream);
     }
     if (plan.parts >= 0) {
         sm80::sum_parts(sm80::scratch_array<const float>(scratch, plan.parts), out.scores, plan.row_chunks,

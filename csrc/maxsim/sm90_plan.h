@@ -13,7 +13,7 @@ struct ForwardPlan : RowLayout {
     Sharing sharing = Sharing::many;
     int64_t tiles_per_list = 0;  // row tiles that share documents
     int64_t sets_per_list = 0, sets = 0;
-    int64_t documents_per_block = 0, items = 0;
+    int64_t blocks = 0;
     int lanes_per_query = 1;
     // Byte offsets of scratch arrays, -1 where there is none.
     int64_t bits = -1, extents = -1, parts = -1;
@@ -30,13 +30,12 @@ inline ForwardPlan plan_forward(const Problem& p, const ForwardOutput& out, int 
     ForwardPlan plan;
     plan.dimension_block = forward_dimension(p.dimension);
     plan.sharing = sharing_of(p);
-    ForwardTiles tiles = forward_tiles(plan.dimension_block, plan.sharing);
-    static_cast<RowLayout&>(plan) = row_layout(p, tiles.rows());
+    ForwardTiles sizes = forward_tiles(plan.dimension_block, plan.sharing);
+    static_cast<RowLayout&>(plan) = row_layout(p, sizes.rows());
     plan.tiles_per_list = p.candidates ? plan.row_chunks : plan.row_tiles;
-    plan.sets_per_list = divided_up(plan.tiles_per_list, tiles.in_turns ? 1 : tiles.groups);
+    plan.sets_per_list = divided_up(plan.tiles_per_list, sizes.in_turns ? 1 : sizes.groups);
     plan.sets = plan.sets_per_list * (p.candidates ? p.query_count : 1);
-    plan.documents_per_block = documents_per_block(p.documents_per_query, plan.sets, processors);
-    plan.items = plan.sets * divided_up(p.documents_per_query, plan.documents_per_block);
+    plan.blocks = tiles::smaller<int64_t>(plan.sets * p.documents_per_query, processors);
     plan.lanes_per_query = lanes_per_query(p.query_length);
     Scratch scratch;
     if (p.document_mask != nullptr) {
