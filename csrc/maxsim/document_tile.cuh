@@ -57,7 +57,7 @@ JMLR_DEVICE bool lies_in_tile(const Params& p, const DocumentTile<Element>& tile
     if (p.in.code.marked ? winner == p.in.code.none : !query_token_counts(p.problem, q.query, q.token)) return false;
     if (p.in.rule.rule != Rule::tokens) return true;
     // A maximum that the loss does not look at: its query token may hold anything.
-    return score_gradient(p.in.rule, p.problem, q.query, tile.document, q.token) != 0.0f;
+    return maximum_gradient(p.in.rule, p.problem, q.query, tile.document, q.token) != 0.0f;
 }
 
 // By what a query token's row is multiplied on its way to its winner: `gradient` is that of the score.

@@ -47,13 +47,13 @@ JMLR_DEVICE void for_each_row_in_groups(const Element* base, int64_t place, uint
     JMLR_UNROLL_BY(1)
     for (int start = 0; start < kLanes; start += kUnderWay) {
         if ((taken & kFirstLanes * ((1u << kUnderWay) - 1) << start) == 0) continue;
+        const uint32_t own = taken >> group >> start;
         Neighbours rows[kUnderWay];
         Slice<kPerLane> slice{};
         JMLR_UNROLL
         for (int i = 0; i < kUnderWay; ++i) {
-            int entry = group + start + i;
-            const Element* row = base + tiles::shuffle(place, entry);
-            bool inside = (taken >> entry & 1) && first < columns;
+            const Element* row = base + tiles::shuffle(place, group + start + i);
+            bool inside = (own & 1u << i) != 0 && first < columns;
             if constexpr (!kWhole) {
                 if (inside) slice = load_slice<kPerLane>(row, first, columns, false);
             } else {
@@ -64,7 +64,7 @@ JMLR_DEVICE void for_each_row_in_groups(const Element* base, int64_t place, uint
         JMLR_UNROLL
         for (int i = 0; i < kUnderWay; ++i) {
             if constexpr (kWhole) slice = slice_of<kPerLane, Element>(rows[i]);
-            add(group + start + i, (taken >> (group + start + i) & 1) != 0, slice);
+            add(group + start + i, (own & 1u << i) != 0, slice);
         }
     }
 }

@@ -11,8 +11,8 @@
 namespace jmlr::maxsim {
 
 // kDimension: columns that a warp holds, see gradient_dimension. kLanes share a row; with fewer than a warp's, groups
-// of them share the documents, and their sums are added at the end.
-template <class Element, int kDimension, int kLanes = tiles::kWarp, int kRows = kRowsUnderWay>
+// of them share the documents, and their sums are added at the end. kAligned: slices are, and nobody asks.
+template <class Element, int kDimension, int kLanes = tiles::kWarp, int kRows = kRowsUnderWay, bool kAligned = false>
 struct QueryGradient {
     static constexpr int kThreads = kQueryGradientThreads;
     static constexpr int kMinBlocks = 3;
@@ -53,9 +53,10 @@ struct QueryGradient {
         sum_groups<kLanes>(sum);
         int columns = tiles::lane() < kLanes ? int(problem.dimension) : 0;
         if (p.parts != nullptr) {
-            store_slice(p.parts + (split * row_count + row) * problem.dimension, first, columns, p.whole_queries, sum);
+            store_slice(p.parts + (split * row_count + row) * problem.dimension, first, columns,
+                        kAligned || p.whole_queries, sum);
         } else if (p.grad_weights == nullptr && p.in.query_scales == nullptr) {
-            store_slice(p.grad_queries + row * problem.dimension, first, columns, p.whole_queries, sum);
+            store_slice(p.grad_queries + row * problem.dimension, first, columns, kAligned || p.whole_queries, sum);
         } else {
             finish(p, query, token, row, columns, sum);
         }
@@ -66,7 +67,7 @@ struct QueryGradient {
         const Problem& problem = p.problem;
         RowEnd<Element, Element, kPerLane, kLanes> end{};
         end.row = query_row<Element>(problem, query, token);
-        end.whole = p.whole_queries;
+        end.whole = kAligned || p.whole_queries;
         end.weighted = p.grad_weights != nullptr;
         end.normalized = p.in.query_scales != nullptr;
         if (end.weighted) end.weight = query_weight(problem, query, token);
@@ -109,13 +110,14 @@ struct QueryGradient {
             auto add = [&](int entry, const Slice<kPerLane>& row) {
                 add_scaled(sum, tiles::shuffle(factor, entry), row);
             };
-            if (p.whole) for_each_row<true, kPerLane>(base, place, taken, first, columns, add);
+            if (kAligned || p.whole) for_each_row<true, kPerLane>(base, place, taken, first, columns, add);
             else for_each_row<false, kPerLane>(base, place, taken, first, columns, add);
         } else {
             auto add = [&](int entry, bool, const Slice<kPerLane>& row) {
                 add_scaled(sum, tiles::shuffle(factor, entry), row);
             };
-            if (p.whole) for_each_row_in_groups<true, kPerLane, kLanes, kRows>(base, place, taken, first, columns, add);
+            if (kAligned || p.whole)
+                for_each_row_in_groups<true, kPerLane, kLanes, kRows>(base, place, taken, first, columns, add);
             else for_each_row_in_groups<false, kPerLane, kLanes, kRows>(base, place, taken, first, columns, add);
         }
     }

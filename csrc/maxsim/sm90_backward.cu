@@ -5,7 +5,7 @@
 namespace jmlr::maxsim::sm90 {
 
 int64_t backward_scratch_bytes(const Problem& p, const BackwardInput& in, int processors) {
-    return gradient_plan(p, in, processors).scratch_bytes;
+    return gradient_plan(p, in, true, processors).scratch_bytes;
 }
 
 void backward(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,

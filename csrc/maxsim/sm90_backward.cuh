@@ -11,7 +11,7 @@ namespace jmlr::maxsim::sm90 {
 template <class Element, int kDimension, bool kNormalized>
 struct BothGradients {
     using Documents = SortedDocumentGradient<Element, kDimension, kNormalized>;
-    using Queries = QueryGradient<Element, kDimension, Documents::kLanes, Documents::kTiles.rows_under_way>;
+    using Queries = QueryGradient<Element, kDimension, Documents::kLanes, Documents::kTiles.rows_under_way, true>;
     static constexpr int kThreads = Documents::kThreads;
     static constexpr int kMinBlocks = Documents::kTiles.min_blocks;
     static constexpr int kSharedBytes = Documents::kSharedBytes;
@@ -51,7 +51,9 @@ void launch_gradients(const Problem& p, const BackwardInput& in, const BackwardO
                                                     : &launch_both<BothGradients<Element, kDimension, false>, Element>;
         return launch(p, in, out, plan, kept_lengths, parts, wide, stream);
     }
-    using Queries = typename BothGradients<Element, kDimension, false>::Queries;
+    constexpr int kLanes = gradient_lanes(int(sizeof(Element)), kDimension);
+    using Queries = QueryGradient<Element, kDimension, kLanes,
+                                  BothGradients<Element, kDimension, false>::Documents::kTiles.rows_under_way>;
     using Documents = DocumentGradient<Element, kDimension>;
     sm80::launch_query_gradient<Queries>(
         sm80::query_gradient_params<Queries, Element>(p, in, out, plan, kept_lengths, parts),
@@ -63,7 +65,12 @@ void launch_gradients(const Problem& p, const BackwardInput& in, const BackwardO
 template <class Element>
 void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
                  void* stream) {
-    GradientPlan plan = gradient_plan(p, in, processors);
+    constexpr int kBytes = 16;
+    bool aligned = p.dimension * int(sizeof(Element)) % kBytes == 0 && sm80::queries_aligned<Element>(p, kBytes) &&
+                   sm80::documents_aligned<Element>(p, kBytes) &&
+                   sm80::rows_aligned<Element>(out.grad_queries, {}, kBytes) &&
+                   sm80::rows_aligned<Element>(out.grad_documents, {}, kBytes);
+    GradientPlan plan = gradient_plan(p, in, aligned, processors);
     sm80::backward_around<Element>(
         p, in, out, plan, scratch, stream, [&](const int32_t* kept_lengths, float* parts, float* wide) {
             auto launch = plan.dimension_block == 64 ? &launch_gradients<Element, 64> : &launch_gradients<Element, 128>;

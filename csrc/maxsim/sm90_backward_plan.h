@@ -7,7 +7,8 @@
 namespace jmlr::maxsim::sm90 {
 
 struct GradientPlan : BackwardPlan {
-    // Whether the query tokens that meet a document fit one list; then token_tiles are tiles of tile_tokens.
+    // Whether the query tokens that meet a document fit one list, and their gradients, and rows are aligned; then
+    // token_tiles are tiles of tile_tokens.
     bool sorted = false;
     int tile_tokens = 0;
 };
@@ -28,12 +29,14 @@ inline int64_t gradient_token_tiles(int64_t blocks, int64_t rows, int64_t length
     return best;
 }
 
-inline GradientPlan gradient_plan(const Problem& p, const BackwardInput& in, int processors) {
+// `aligned`: rows of inputs and gradients start at multiples of 16 bytes and end there. Scratch memory is the same
+// without.
+inline GradientPlan gradient_plan(const Problem& p, const BackwardInput& in, bool aligned, int processors) {
     GradientPlan plan;
     static_cast<BackwardPlan&>(plan) = backward_plan(p, in, processors);
     BackwardTiles tiles = backward_tiles(element_size(p.type), plan.dimension_block, in.document_scales != nullptr);
-    int64_t rows = p.query_length * (p.candidates ? 1 : p.query_count);
-    plan.sorted = rows <= tiles.rows;
+    int64_t queries = p.candidates ? 1 : p.query_count, rows = queries * p.query_length;
+    plan.sorted = aligned && rows <= tiles.rows && (in.rule.rule == Rule::tokens || queries <= tiles.gradients);
     if (!plan.sorted || plan.token_tiles == 0) return plan;
     // Of packed documents the lengths lie on the device: one of twice the mean length shall have blocks enough.
     int64_t length = p.packed() ? divided_up(2 * p.packed_tokens, p.document_count()) : p.document_length;

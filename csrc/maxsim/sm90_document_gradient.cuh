@@ -35,7 +35,7 @@ struct SortedDocumentGradient {
         int64_t token_tiles;        // blocks that share a document; each takes every token_tiles-th tile
         int tile_tokens;            // up to kTokens
         int chunks;                 // of the embedding
-        bool whole_queries, whole;  // slices of queries (documents and sums) are aligned, and fill the embedding
+        bool whole_queries, whole;  // as in DocumentGradient; both must hold
     };
     using Tile = DocumentTile<Element>;
 
@@ -120,9 +120,11 @@ struct SortedDocumentGradient {
         tiles::Shared<uint16_t> own = counts(tiles::warp());
         for (int token = tiles::lane(); token < tokens; token += tiles::kWarp) own.write(token, 0);
         tiles::sync_warp();
-        walk_winners(p, tile, tokens, false);
-        place_tokens(tokens);
-        walk_winners(p, tile, tokens, true);
+        JMLR_UNROLL_BY(1)
+        for (int pass = 0; pass < 2; ++pass) {
+            walk_winners(p, tile, tokens, pass == 1);
+            if (pass == 0) place_tokens(tokens);
+        }
         tiles::sync_block();
     }
 
@@ -164,20 +166,23 @@ struct SortedDocumentGradient {
     }
 
     // d(score) of the document and every query, computed once and not for every query token.
-    static JMLR_DEVICE bool keeps_gradients(const Params& p) {
-        return p.in.rule.rule != Rule::tokens && p.problem.query_count <= kTiles.gradients;
-    }
     static JMLR_DEVICE void keep_gradients(const Params& p, const Tile& tile) {
+        if (p.in.rule.rule == Rule::tokens) return;
         int queries = p.problem.candidates ? 1 : int(p.problem.query_count);
         for (int i = tiles::thread_index(); i < queries; i += kThreads)
             gradients().write(i, score_gradient(p.in.rule, p.problem, tile.first_query + i, tile.document, 0));
+    }
+    static JMLR_DEVICE float gradient_of(const Params& p, const Tile& tile, QueryToken q) {
+        if (p.in.rule.rule == Rule::tokens)
+            return maximum_gradient(p.in.rule, p.problem, q.query, tile.document, q.token);
+        return gradients().read(int(q.query - tile.first_query));
     }
 
     // The sums of a group of lanes, each a slice; `token`: whose, -1 before the first.
     struct Sums {
         Slice<kPerLane> slice{};
-        int token, end;  // where its rows end in the list
-        bool head;       // an earlier group began it
+        int token, left;  // of its rows in the list
+        bool head;        // an earlier group began it
     };
 
     // The token of a place in the list.
@@ -201,13 +206,13 @@ struct SortedDocumentGradient {
         int64_t place = tile.text.place + tile.first_token + token;
         int columns = int(p.problem.dimension), first = first_column(tile);
         if (p.wide != nullptr) {
-            if (active) store_slice(p.wide + place * columns, first, columns, p.whole, sum);
+            if (active) store_slice(p.wide + place * columns, first, columns, true, sum);
         } else if constexpr (!kNormalized) {
-            if (active) store_slice(p.grad_documents + place * columns, first, columns, p.whole, sum);
+            if (active) store_slice(p.grad_documents + place * columns, first, columns, true, sum);
         } else {
             RowEnd<Element, Element, kPerLane, kLanes> end{};
             end.row = tile.text.first + (tile.first_token + token) * p.problem.document_token_stride;
-            end.whole = p.whole;
+            end.whole = true;
             end.normalized = true;
             end.scale = active ? tiles::load(p.in.document_scales + place) : 0.0f;
             end.out = p.grad_documents + place * columns;
@@ -228,46 +233,41 @@ struct SortedDocumentGradient {
         const int total = firsts().read(tokens), group = tiles::thread_index() / kLanes;
         const int begin = total * group / kGroups, end = total * (group + 1) / kGroups;
         const int longest = tiles::ceil_div(total, kGroups);
-        const bool kept = keeps_gradients(p);
         Sums sums;
         sums.token = begin < end ? token_at(begin, tokens) : 0;
-        sums.end = begin < end ? firsts().read(sums.token + 1) : total + 1;
+        sums.left = begin < end ? firsts().read(sums.token + 1) - begin : 1;
         sums.head = begin < end && firsts().read(sums.token) < begin;
         if (tiles::lane() % kLanes == 0) head_tokens().write(group, begin < end ? kNoHead : kNoRows);
         for (int i = 0; i < longest; i += kLanes) {
-            int at = begin + i;
-            bool inside = at + tiles::lane() % kLanes < end;
+            const int at = begin + i + tiles::lane() % kLanes;
+            bool inside = at < end;
             int64_t place = 0;
             float factor = 0.0f;
             if (inside) {
-                QueryToken q = query_token(p, tile, sorted().read(at + tiles::lane() % kLanes));
+                QueryToken q = query_token(p, tile, sorted().read(at));
                 place = q.query * problem.query_stride + q.token * problem.query_token_stride;
-                factor = row_factor(p, q,
-                                    kept ? gradients().read(int(q.query - tile.first_query))
-                                         : score_gradient(p.in.rule, problem, q.query, tile.document, q.token));
+                factor = row_factor(p, q, gradient_of(p, tile, q));
             }
             auto add = [&](int entry, bool taken, const Slice<kPerLane>& row) {
-                bool complete = taken && at == sums.end;
+                bool complete = taken && sums.left == 0;
                 if (tiles::ballot(complete) != 0) {
                     write_token(p, tile, sums.token, complete && !sums.head, sums.slice);
                     if (complete) {
                         if (sums.head) write_head(group, sums);
-                        do sums.end = firsts().read(++sums.token + 1);
-                        while (sums.end == at);
+                        do ++sums.token, sums.left = firsts().read(sums.token + 1) - firsts().read(sums.token);
+                        while (sums.left == 0);
                         sums.slice = Slice<kPerLane>{};
                         sums.head = false;
                     }
                 }
-                ++at;
+                --sums.left;
                 add_scaled(sums.slice, tiles::shuffle(factor, entry), row);
             };
             const Element* base = static_cast<const Element*>(problem.queries);
             const int columns = int(problem.dimension), first = first_column(tile);
             constexpr int kUnderWay = kTiles.rows_under_way;
             uint32_t taken = tiles::ballot(inside);
-            if (p.whole_queries)
-                for_each_row_in_groups<true, kPerLane, kLanes, kUnderWay>(base, place, taken, first, columns, add);
-            else for_each_row_in_groups<false, kPerLane, kLanes, kUnderWay>(base, place, taken, first, columns, add);
+            for_each_row_in_groups<true, kPerLane, kLanes, kUnderWay>(base, place, taken, first, columns, add);
         }
         if (sums.head) write_head(group, sums);
         tiles::sync_block();
@@ -294,17 +294,16 @@ struct SortedDocumentGradient {
         for (int token = tiles::thread_index() / kLanes; token < tokens; token += kGroups) {
             if (firsts().read(token) != firsts().read(token + 1)) continue;
             int64_t place = (tile.text.place + tile.first_token + token) * columns;
-            if (p.wide != nullptr) store_slice(p.wide + place, first, columns, p.whole, Slice<kPerLane>{});
-            else store_slice(p.grad_documents + place, first, columns, p.whole, Slice<kPerLane>{});
+            if (p.wide != nullptr) store_slice(p.wide + place, first, columns, true, Slice<kPerLane>{});
+            else store_slice(p.grad_documents + place, first, columns, true, Slice<kPerLane>{});
         }
     }
 
     static JMLR_DEVICE void run_block(const Params& p, int64_t task) {
         Tile tile = tile_of_document<Element>(p, task / p.chunks / p.token_tiles, int(task % p.chunks) * kDimension);
-        if (keeps_gradients(p)) keep_gradients(p, tile);
-        int64_t step = p.token_tiles * p.tile_tokens;
+        keep_gradients(p, tile);
         int64_t from = task / p.chunks % p.token_tiles * p.tile_tokens;
-        for (; from < tile.text.length; from += step) {
+        for (; from < tile.text.length; from = tile.first_token + p.token_tiles * p.tile_tokens) {
             tile.first_token = int(from);
             int tokens = tiles::smaller(tile.text.length - tile.first_token, p.tile_tokens);
             sort_winners(p, tile, tokens);

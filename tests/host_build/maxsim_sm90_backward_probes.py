@@ -56,6 +56,21 @@ def packed_documents_past_their_tiles(dtype: torch.dtype) -> None:
     close(dtype, case.to(dtype))
 
 
+def chunks_of_aligned_rows(dtype: torch.dtype) -> None:
+    """Embeddings of two chunks and whole slices: sums in float for the rows' ends, of padded and packed documents."""
+    for options in ({"normalize": True}, {"weighted": True, "masked": True}, {"packed": True, "normalize": True}):
+        case = make_case(query_count=3, query_length=20, documents=3, document_length=30, dimension=136, **options)
+        close(dtype, case.to(dtype))
+
+
+def aligned_candidates(dtype: torch.dtype) -> None:
+    """Every query has documents of its own, of which some hold nothing; padded and packed, normalised and not."""
+    for options in ({"normalize": True}, {"packed": True, "normalize": True}, {"weighted": True}):
+        case = make_case(candidates=True, query_count=3, query_length=20, documents=4, document_length=30, dimension=64,
+                         masked=True, **options)  # fmt: skip
+        close(dtype, case.to(dtype))
+
+
 def more_rows_than_a_list(dtype: torch.dtype) -> None:
     """Query tokens that do not fit the list are scanned as by the kernels of compute capability 8.0."""
     case = make_case(query_count=33, query_length=500, documents=2, document_length=3, dimension=8)
@@ -67,6 +82,8 @@ def more_queries_than_kept_gradients(dtype: torch.dtype) -> None:
     close(dtype, case.to(dtype))
 
 
+# Many query tokens, which an emulator walks slowly.
+SLOW = {"more_rows_than_a_list", "more_queries_than_kept_gradients"}
 PROBES: dict[str, Callable[[torch.dtype], None]] = {
     probe.__name__: probe
     for probe in (
@@ -74,6 +91,8 @@ PROBES: dict[str, Callable[[torch.dtype], None]] = {
         fewer_winners_than_groups,
         tiles_of_tokens,
         packed_documents_past_their_tiles,
+        chunks_of_aligned_rows,
+        aligned_candidates,
         more_rows_than_a_list,
         more_queries_than_kept_gradients,
     )

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import maxsim_calls
 import pytest
+import test_maxsim_losses
 import torch
 from maxsim_probes import PROBES, SHAPES, shape
 from maxsim_sm90_backward_probes import PROBES as OWN_PROBES
-from maxsim_sm90_backward_probes import in_place_of_sm80
+from maxsim_sm90_backward_probes import SLOW, in_place_of_sm80
+from test_maxsim_shared import LEFT_OUT, on_triton_alone
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -34,10 +36,20 @@ def test_corners(name: str, dtype: torch.dtype) -> None:
     PROBES[name](dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", OWN_PROBES)
+OWN_WAYS = [
+    pytest.param(name, dtype, id=f"{name}-{dtype}", marks=[pytest.mark.slow] if name in SLOW else [])
+    for name in OWN_PROBES
+    for dtype in (DTYPES if name not in SLOW else DTYPES[1:2])
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), OWN_WAYS)
 def test_own_ways(name: str, dtype: torch.dtype) -> None:
     OWN_PROBES[name](dtype)
+
+
+# The gradient rules of the losses.
+globals().update(on_triton_alone(test_maxsim_losses, set(), LEFT_OUT))
 
 
 def test_these_kernels_run() -> None:
