@@ -47,6 +47,7 @@ struct Forward {
     static constexpr int kWork = kValues + kStages * KeyTile::kBytes, kBarriers = kWork + kWorkBytes;
     static constexpr int kSharedBytes = kBarriers + 16 * kSlots;
     static_assert(kSharedBytes <= tiles::kSharedOfHopper);
+    static_assert(kBlockN % 32 == 0, "half of a tile's keys are whole products");
     static_assert(kStages >= 2, "values are waited for while those of the tile before are in use");
 
     static JMLR_DEVICE void run(const Params& p) {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import mutations_attention_sm90
 import pytest
 import torch
 from attention_probes import LAYOUTS
 from attention_sm90_probes import LONG, PROBES, layout, packed_widths, widths
+from mutate import Mutation, Workshop
 
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -37,3 +41,14 @@ def test_long_layouts_of_every_width(name: str, dim: int) -> None:
 @pytest.mark.parametrize("name", PROBES)
 def test_corners_of_half(name: str) -> None:
     PROBES[name](torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", ["3, 64, 2, true, false", "2, 32, 3, false, false"])
+def test_other_tiles(tiles: str, tmp_path: Path) -> None:
+    """What a tuner may choose, at every width of a head."""
+    switch = "#ifdef JMLR_TUNE_ATTENTION_FORWARD"
+    chosen = f"#define JMLR_TUNE_ATTENTION_FORWARD {tiles}\n{switch}"
+    workshop = Workshop(tmp_path / "workshop", mutations_attention_sm90.SOURCES, mutations_attention_sm90.EXTRA)
+    module = workshop.module(Mutation(tiles, "shifted_attention/sm90_tiles.h", switch, chosen))
+    assert mutations_attention_sm90.noticed_by(module) is None

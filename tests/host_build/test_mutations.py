@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+import mutations_attention_sm90
 import mutations_maxsim
 import mutations_maxsim_compressed
 import mutations_maxsim_smooth
@@ -38,6 +39,15 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
         "document gradient: two buffers of statistics",
         "document gradient: rows that do not count are read",
         "shares cut to float16",
+    ),
+    mutations_attention_sm90: (
+        "every tile is halved",
+        "no fence after clearing",
+        "keys are released before the products end",
+        "no wait for values",
+        "a turn that is not passed on",
+        "work is told before it is asked for",
+        "a box beyond the document",
     ),
     mutations_shifted_attention: (
         "no barrier before values are read",
