@@ -11,6 +11,7 @@
 
 #include "../tiles/fragments.h"
 #include "../tiles/launch.h"
+#include "query_rows.cuh"
 #include "row_maxima.cuh"
 #include "tokens.cuh"
 
@@ -80,18 +81,10 @@ struct Forward {
         return {number, number / p.row_chunks * p.queries_per_tile, int(number % p.row_chunks)};
     }
 
-    struct Row {
-        int64_t query;
-        int token;
-        bool inside;
-    };
+    using Row = QueryRow;
 
     static JMLR_DEVICE Row row_of(const Params& p, const RowTile& tile, int row) {
-        int place = tile.chunk * kRows + row;
-        int segment = p.query_length.divide(place);
-        int64_t query = tile.first_query + segment;
-        return {query, place - segment * p.query_length.divisor(),
-                segment < p.queries_per_tile && query < p.problem.query_count};
+        return query_row_of<kRows>(p, tile, row);
     }
 
     // A document as the tile of queries meets it; with candidates a tile holds one query.
@@ -324,29 +317,10 @@ struct Forward {
                      [&](int row) { return share_of(row, maximum_of(row, parity).value); });
     }
 
-    // A document's scores: sums of `share(row)` over a query's rows, or `nobody` where none `counts`.
     template <class Share>
     static JMLR_DEVICE void store_scores(const Params& p, const RowTile& tile, int64_t number, bool counts,
                                          float nobody, Share share) {
-        const Problem& problem = p.problem;
-        // Neighbouring lanes add a query's rows, then each other's sums.
-        int lanes = p.lanes_per_query, per_round = kThreads / lanes;
-        for (int first = 0; first < p.queries_per_tile; first += per_round) {
-            int segment = first + tiles::thread_index() / lanes;
-            int64_t query = tile.first_query + segment;
-            bool inside = segment < p.queries_per_tile && query < problem.query_count;
-            float sum = 0.0f;
-            if (inside && counts) {
-                int begin = segment * p.query_length.divisor();
-                int end = tiles::smaller(begin + p.query_length.divisor() - tile.chunk * kRows, kRows);
-                for (int row = begin + tiles::thread_index() % lanes; row < end; row += lanes) sum += share(row);
-            }
-            for (int mask = 1; mask < lanes; mask *= 2) sum += tiles::shuffle_xor(sum, mask);
-            if (inside && tiles::thread_index() % lanes == 0) {
-                int64_t pair = (tile.chunk * problem.query_count + query) * problem.documents_per_query + number;
-                tiles::store(p.scores + pair, counts ? sum : nobody);
-            }
-        }
+        maxsim::store_scores<kRows, kThreads>(p, tile, tiles::thread_index(), number, counts, nobody, share);
     }
 
     static JMLR_DEVICE Row prepare_row(const Params& p, const RowTile& tile) {

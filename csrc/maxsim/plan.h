@@ -57,6 +57,13 @@ inline RowLayout row_layout(const Problem& p, int64_t rows) {
     return layout;
 }
 
+// Lanes that add a query's rows: a power of two.
+inline int lanes_per_query(int64_t query_length) {
+    int lanes = 1;
+    while (lanes < 32 && lanes < query_length) lanes *= 2;
+    return lanes;
+}
+
 struct ForwardPlan : RowLayout {
     int dimension_block = 0;
     bool few_rows = false;
@@ -97,8 +104,7 @@ inline ForwardPlan forward_plan(const Problem& p, const ForwardOutput& out, int 
     static_cast<RowLayout&>(plan) = row_layout(p, rows);
     plan.documents_per_block =
         documents_per_block(p.documents_per_query, plan.row_tiles, int64_t(processors) * tiles.min_blocks);
-    plan.lanes_per_query = 1;
-    while (plan.lanes_per_query < 32 && plan.lanes_per_query < p.query_length) plan.lanes_per_query *= 2;
+    plan.lanes_per_query = lanes_per_query(p.query_length);
     Scratch scratch;
     if (p.document_mask != nullptr) {
         plan.kept = scratch.add(document_token_count(p) * 4);

@@ -12,4 +12,14 @@ bool serves(const Problem& problem) {
            mappable(problem.k, problem, problem.kv_heads) && mappable(problem.v, problem, problem.kv_heads);
 }
 
+bool serves(const BackwardProblem& problem) {
+    auto contiguous = [&](const void* data, int64_t heads) {
+        return mappable(contiguous_input(data, problem, heads), problem, heads);
+    };
+    return serves(static_cast<const Problem&>(problem)) && problem.head_dim <= kWidestBackwardHead &&
+           mappable(problem.grad_out, problem, problem.heads) && contiguous(problem.out, problem.heads) &&
+           contiguous(problem.dq, problem.heads) && contiguous(problem.dk, problem.kv_heads) &&
+           contiguous(problem.dv, problem.kv_heads);
+}
+
 }  // namespace jmlr::shifted_attention::sm90

@@ -38,4 +38,38 @@ constexpr ForwardTiles forward_tiles(int block_d) {
 #endif
 }
 
+struct BackwardTiles {
+    int warpgroups;  // consumers, each with 64 rows of its own
+    int streamed;    // rows of the other side that a stage holds
+    int stages;
+    int buffers;  // of a warpgroup's own rows: with two, the next come while it works
+    bool carry;   // the last products of a tile run on while the next one begins, for which registers must suffice
+    bool own_in_registers;  // a warpgroup's own rows, which halves what products read from shared memory
+};
+
+// The widest head that a warpgroup has the registers for: dk and dv of 64 keys alone take 2 block_d / 2 of a thread's.
+constexpr int64_t kWidestBackwardHead = 128;
+
+// The producers need few registers, the consumers all that they can get.
+constexpr int kBackwardProducerRegisters = 24;
+constexpr int backward_registers(int warpgroups) { return warpgroups == 2 ? 240 : 160; }
+
+// Chosen by arithmetic (docs/hopper.md), not yet timed. Stages of 64 rows fit the ends of groups and the diagonal, and
+// leave memory for two buffers.
+constexpr BackwardTiles backward_dq_tiles(int block_d) {
+#ifdef JMLR_TUNE_ATTENTION_BACKWARD_DQ
+    return {JMLR_TUNE_ATTENTION_BACKWARD_DQ};
+#else
+    return block_d <= 64 ? BackwardTiles{2, 64, 6, 2, true, true} : BackwardTiles{2, 64, 3, 2, true, true};
+#endif
+}
+
+constexpr BackwardTiles backward_dkdv_tiles(int block_d) {
+#ifdef JMLR_TUNE_ATTENTION_BACKWARD_DKDV
+    return {JMLR_TUNE_ATTENTION_BACKWARD_DKDV};
+#else
+    return block_d <= 64 ? BackwardTiles{2, 64, 6, 2, true, true} : BackwardTiles{2, 64, 3, 2, false, false};
+#endif
+}
+
 }  // namespace jmlr::shifted_attention::sm90

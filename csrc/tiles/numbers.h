@@ -68,6 +68,12 @@ JMLR_DEVICE float maximum_or_nan(float a, float b) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
     return y;
 }
+// a b + c, rounded once and cut to [0, 1]; zero if it is NaN.
+JMLR_DEVICE float multiply_add_cut(float a, float b, float c) {
+    float y;
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+    return y;
+}
 
 #else
 
@@ -95,6 +101,10 @@ inline BFloat16 from_float<BFloat16>(float x) {
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline float log2_accurate(float x) { return std::log2(x); }
 inline float maximum_or_nan(float a, float b) { return a != a ? a : b != b ? b : (a < b ? b : a); }
+inline float multiply_add_cut(float a, float b, float c) {
+    float y = std::fma(a, b, c);
+    return y > 0.0f ? (y < 1.0f ? y : 1.0f) : 0.0f;
+}
 
 #endif
 

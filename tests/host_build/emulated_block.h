@@ -21,7 +21,7 @@ struct AsyncCopy {
 };
 
 // `waiting`: for something that hopper_emulator.h knows about.
-enum class State { ready, meeting, barrier, waiting, finished };
+enum class State { ready, meeting, barrier, cluster, waiting, finished };
 
 struct Reason {
     const char* what = nullptr;
@@ -67,6 +67,7 @@ struct Block {
     int64_t index = 0;
     int rank = 0;  // in its cluster
     uint32_t epoch = 1;
+    uint32_t cluster_epoch = 1;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<char> shared;
@@ -84,6 +85,9 @@ extern std::vector<int64_t> products;
 
 [[noreturn]] void fail(const std::string& what, int thread);
 [[noreturn]] void fail(const std::string& what);
+
+// What each launch writes has new owners.
+void begin_launch();
 
 std::string place(int offset);
 void check_arrived(int cell, int thread);

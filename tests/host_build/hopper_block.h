@@ -16,7 +16,7 @@ struct PhaseBarrier {
     int64_t bytes = 0;  // expected and not there yet; below zero while they came before they were expected
     uint64_t phase = 0;
     int maker = kNobody;
-    uint32_t made_in = 0;  // epoch of the block
+    uint32_t made_in = 0, made_in_cluster = 0;  // epochs of the block
     bool fenced = false;
     Clock gathering, told;  // of those that arrive in this phase, and have arrived in earlier ones
 };
@@ -94,6 +94,9 @@ extern std::vector<BoxCopy> copies;
 
 // The bytes at an offset, for a product or a store of a box.
 const void* read_fenced(int offset, int bytes, Mark by, const Clock& heard);
+
+// Whether a thread of another block of the cluster may use a barrier of this one; throws if not.
+PhaseBarrier& usable_from_afar(Block& of, int barrier);
 
 // Of the block that a copy goes into: what the bytes are marked with that come in now, and their count.
 Mark phase_mark(int barrier, int thread);

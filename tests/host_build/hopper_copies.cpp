@@ -59,7 +59,7 @@ void issue(const BoxCopy& copy) {
     int thread = own->running;
     Mark by = now();
     const Clock& known = heard();
-    if (copy.into->ended()) fail("a copy into a block of the cluster that has ended");
+    if (copy.into != own) usable_from_afar(*copy.into, copy.barrier);
     block = copy.into;
     for (int i = copy.offset / 2; i < (copy.offset + copy.bytes) / 2; ++i) {
         Cell& cell = block->cells[i];
@@ -77,6 +77,7 @@ void deliver(size_t number) {
     copies[number] = copies.back();
     copies.pop_back();
     block = copy.into;
+    if (block->ended()) fail("a block ends with a copy to " + place(copy.offset) + " under way", copy.thread);
     char* shared = block->shared.data();
     if (copy.plain != nullptr) {
         std::memcpy(shared + copy.offset, copy.plain, copy.bytes);

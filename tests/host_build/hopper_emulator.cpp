@@ -157,6 +157,7 @@ void init_barrier(int offset, int arrivals) {
     barrier.arrivals = barrier.pending = arrivals;
     barrier.maker = block->running;
     barrier.made_in = block->epoch;
+    barrier.made_in_cluster = block->cluster_epoch;
 }
 
 void fence_barriers() {
@@ -194,8 +195,31 @@ void complete_bytes(int offset, int bytes, int thread) {
     advance(*block, barrier);
 }
 
-void sync_cluster() { fail("clusters are not there yet"); }
-void arrive_at(int, int) { fail("clusters are not there yet"); }
+PhaseBarrier& usable_from_afar(Block& of, int offset) {
+    auto found = of.hopper->barriers.find(offset);
+    std::string whose = ", of block " + std::to_string(of.index) + ",";
+    if (of.ended()) fail(barrier_at(offset) + whose + " is used after that block has ended");
+    if (found == of.hopper->barriers.end()) fail(barrier_at(offset) + whose + " is used before its init");
+    if (!found->second.fenced || found->second.made_in_cluster == of.cluster_epoch) {
+        fail(barrier_at(offset) + whose + " is used without " +
+             (found->second.fenced ? "a barrier of the cluster in between" : "fence_barriers()"));
+    }
+    return found->second;
+}
+
+void arrive_at(int offset, int rank) {
+    hopper();
+    if (rank < 0 || rank >= int(cluster.size())) fail("a cluster without a block " + std::to_string(rank));
+    Block& of = *cluster[rank];
+    PhaseBarrier& barrier = rank == block->rank ? usable(offset) : usable_from_afar(of, offset);
+    hopper().actors.release(block->rank, block->running, barrier.gathering);
+    count_arrival(of, barrier);
+}
+
+void sync_cluster() {
+    hopper();
+    leave(State::cluster);
+}
 
 void set_registers(int count, bool taking) {
     Hopper& own = hopper();
@@ -253,6 +277,7 @@ std::string who_waits() {
         if (fiber.state == State::finished) text += " have ended";
         if (fiber.state == State::meeting) text += " are at a warp-wide instruction that not all lanes reach";
         if (fiber.state == State::barrier) text += " wait for the block";
+        if (fiber.state == State::cluster) text += " wait for the cluster";
         if (fiber.state != State::waiting) continue;
         const Reason& reason = fiber.reason;
         if (reason.what == std::string("barrier")) {

@@ -1,5 +1,6 @@
 // The primitives of compute capability 9.0 on their own.
 #include "../../csrc/tiles/tensor_map.h"
+#include "hopper_cluster.cuh"
 #include "hopper_product.cuh"
 #include "tensor_argument.h"
 
@@ -70,6 +71,17 @@ void bind_hopper(py::module_& module) {
         py::arg("a"), py::arg("b"), py::arg("c"), py::arg("outer_a") = false, py::arg("outer_b") = false,
         py::arg("from_registers") = false, py::arg("columns") = 128, py::arg("fault") = 0, py::arg("seed") = 0,
         py::arg("blocks") = 2);
+    module.def(
+        "hopper_cluster",
+        [](const py::object& a, const py::object& b, const py::object& c, int fault, uint64_t seed) {
+            Tensors tensors(seed);
+            TensorArgument left = tensors.input(a, "a"), right = tensors.input(b, "b"), out = tensors.output(c, "c");
+            int64_t rows = left.sizes[1], blocks = tiles::ceil_div<int64_t>(rows, 64 * HopperCluster::kCluster);
+            tiles::launch<HopperCluster>({map_of<tiles::BFloat16>(left, 64), map_of<tiles::BFloat16>(right, 32),
+                                          out.as<float>(), rows, left.sizes[2], ClusterFault(fault)},
+                                         blocks * HopperCluster::kCluster, nullptr);
+        },
+        py::arg("a"), py::arg("b"), py::arg("c"), py::arg("fault") = 0, py::arg("seed") = 0);
 }
 
 }  // namespace host_build

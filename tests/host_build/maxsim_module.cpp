@@ -5,28 +5,11 @@
 namespace host_build {
 namespace {
 
-WinnerCode code_of(const TensorArgument& winners, int none, bool marked) {
-    WinnerType type = winners.dtype == "uint8"    ? WinnerType::uint8
-                      : winners.dtype == "uint16" ? WinnerType::uint16
-                                                  : WinnerType::int32;
-    return {type, none, marked};
-}
-
 void forward_call(const py::dict& arguments, const py::dict& outputs, int none, bool marked, int processors,
                   uint64_t seed) {
     Tensors tensors(seed);
     Problem p = problem_of(tensors, arguments);
-    auto get = [&](const char* name) { return tensors.output(outputs[name], name); };
-    TensorArgument scores = get("scores"), winners = get("winners"), query_scales = get("query_scales"),
-                   document_scales = get("document_scales");
-    ForwardOutput out;
-    out.scores = scores.as<float>();
-    out.per_token = arguments["per_token"].cast<bool>();
-    out.winners = winners.data;
-    if (winners.data != nullptr) out.code = code_of(winners, none, marked);
-    out.normalize = arguments["normalize"].cast<bool>();
-    out.query_scales = query_scales.as<float>();
-    out.document_scales = document_scales.as<float>();
+    ForwardOutput out = forward_output_of(tensors, arguments, outputs, none, marked);
     ScratchMemory scratch(sm80::forward_scratch_bytes(p, out, processors));
     sm80::forward(p, out, scratch.data(), processors, nullptr);
 }

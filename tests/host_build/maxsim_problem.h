@@ -61,6 +61,28 @@ inline Problem problem_of(Tensors& tensors, const py::dict& arguments) {
     return p;
 }
 
+inline WinnerCode code_of(const TensorArgument& winners, int none, bool marked) {
+    WinnerType type = winners.dtype == "uint8"    ? WinnerType::uint8
+                      : winners.dtype == "uint16" ? WinnerType::uint16
+                                                  : WinnerType::int32;
+    return {type, none, marked};
+}
+
+inline ForwardOutput forward_output_of(Tensors& tensors, const py::dict& arguments, const py::dict& outputs, int none,
+                                       bool marked) {
+    auto get = [&](const char* name) { return tensors.output(outputs[name], name); };
+    TensorArgument winners = get("winners");
+    ForwardOutput out;
+    out.scores = get("scores").as<float>();
+    out.per_token = arguments["per_token"].cast<bool>();
+    out.winners = winners.data;
+    if (winners.data != nullptr) out.code = code_of(winners, none, marked);
+    out.normalize = arguments["normalize"].cast<bool>();
+    out.query_scales = get("query_scales").as<float>();
+    out.document_scales = get("document_scales").as<float>();
+    return out;
+}
+
 struct ScratchMemory {
     explicit ScratchMemory(int64_t bytes) : words(size_t(bytes + 31) / 16 * 2, ~uint64_t(0)) {
         if (bytes > 0) emulator::register_tensor(data(), size_t(bytes), true, "scratch");

@@ -52,6 +52,15 @@ FROM_REGISTERS = {
     "lanes whose reads the arrival leaves out": (29, "race"),
 }
 
+CLUSTER = {
+    "a stage that the other block still reads": (1, "race|under way|more arrivals|deadlock"),
+    "no barrier of the cluster after init": (2, "without a barrier of the cluster|before its init"),
+    "a block that ends while the other tells it": (3, "after that block has ended"),
+    "copies to more blocks than there are": (4, "a block that the cluster does not have"),
+    "the bytes of one block's copies": (5, "more than .* expects|nobody has written|under way"),
+    "a barrier in a block that there is not": (6, "a cluster without a block 2"),
+}
+
 
 def operand(x: torch.Tensor, outer: bool) -> torch.Tensor:
     return x.transpose(1, 2).contiguous() if outer else x
@@ -74,12 +83,16 @@ def inputs(dtype, rows=136, columns=128, depth=144, batches=1):
     return a.to(dtype), b.to(dtype)
 
 
-def check(a, b, *arguments, **options) -> None:
+def assert_product(c, a, b) -> None:
     exact = a.double() @ b.double().transpose(1, 2)
     # Exact products; an instruction cuts the sum once, in float32.
     steps = a.shape[2] * a.element_size() // 32 + 1
     bound = 2.0**-23 * steps * (a.double().abs() @ b.double().abs().transpose(1, 2))
-    assert ((product(a, b, *arguments, **options) - exact).abs() <= bound).all()
+    assert ((c - exact).abs() <= bound).all()
+
+
+def check(a, b, *arguments, **options) -> None:
+    assert_product(product(a, b, *arguments, **options), a, b)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -122,6 +135,27 @@ def test_faults_of_products_from_registers_are_found(fault: str) -> None:
     a, b = inputs(torch.bfloat16, depth=256)
     with pytest.raises(load().Violation, match=message):
         product(a, b, form=(0, 0, 1), fault=number)
+
+
+def cluster(rows=200, depth=256, **options):
+    a, b = inputs(torch.bfloat16, rows, 64, depth)
+    c = torch.full((1, rows, 64), torch.nan)
+    with device(load(), kilobytes=227) as module:
+        module.hopper_cluster(a, b, c, **options)
+    assert_product(c, a, b)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_clusters(seed: int) -> None:
+    cluster(seed=seed)
+
+
+@pytest.mark.parametrize("fault", CLUSTER)
+def test_faults_of_clusters_are_found(fault: str) -> None:
+    number, message = CLUSTER[fault]
+    with pytest.raises(load().Violation, match=message):
+        for seed in range(8):
+            cluster(fault=number, seed=seed)
 
 
 def test_maps_that_no_copy_can_take() -> None:

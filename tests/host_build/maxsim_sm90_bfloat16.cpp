@@ -1,0 +1,1 @@
+#include "../../csrc/maxsim/sm90_bfloat16.cu"
