@@ -23,6 +23,7 @@ struct ForwardTiles {
     int keys;         // of a tile
     int stages;       // of the rings of k and v
     bool take_turns;  // warpgroups give the tensor cores their work one after the other
+    bool pair_heads;  // blocks work in pairs on two heads of a kv head, and share its keys and values
     bool own_output;  // the output is staged in memory of its own, so that the next queries come while it is written
 };
 
@@ -32,9 +33,9 @@ constexpr ForwardTiles forward_tiles(int block_d) {
 #ifdef JMLR_TUNE_ATTENTION_FORWARD
     return {JMLR_TUNE_ATTENTION_FORWARD};
 #else
-    if (block_d <= 64) return {2, 128, 3, true, true};
-    if (block_d <= 128) return {2, 128, 2, true, true};
-    return {2, 64, 2, false, false};
+    if (block_d <= 64) return {2, 128, 3, true, true, true};
+    if (block_d <= 128) return {2, 128, 2, true, true, true};
+    return {2, 64, 2, false, true, false};
 #endif
 }
 
