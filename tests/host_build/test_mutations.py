@@ -9,6 +9,7 @@ from types import ModuleType
 import mutations_attention_sm90
 import mutations_maxsim
 import mutations_maxsim_compressed
+import mutations_maxsim_sm90_backward
 import mutations_maxsim_smooth
 import mutations_shifted_attention
 import pytest
@@ -31,6 +32,13 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
         "negative codes are read",
         "the length of the first chunk",
         "scratch for other tiles",
+    ),
+    mutations_maxsim_sm90_backward: (
+        "no barrier after sorting",
+        "ranks of another lane",
+        "heads are forgotten",
+        "groups without rows end a token",
+        "blocks of d(queries) too few",
     ),
     mutations_maxsim_smooth: (
         "places past the end are added",
