@@ -8,6 +8,7 @@ from types import ModuleType
 
 import mutations_maxsim
 import mutations_maxsim_compressed
+import mutations_maxsim_sm90
 import mutations_maxsim_smooth
 import mutations_shifted_attention
 import pytest
@@ -38,6 +39,15 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
         "document gradient: two buffers of statistics",
         "document gradient: rows that do not count are read",
         "shares cut to float16",
+    ),
+    mutations_maxsim_sm90: (
+        "no wait for an empty stage",
+        "a lane may still read the note",
+        "one ring for both warpgroups",
+        "nobody has the first turn",
+        "neighbours are equal",
+        "bits of other lanes",
+        "packed masks overlap",
     ),
     mutations_shifted_attention: (
         "no barrier before values are read",
