@@ -72,6 +72,10 @@ def arguments_of(
     if weighted:
         weights = torch.randint(0, 4, (queries, query_tokens), generator=draw).float()
     query = integers(queries, query_tokens, dimension, draw=draw, dtype=dtype)
+    if query_mask is not None:
+        query[~query_mask] = torch.nan
+        if weights is not None:
+            weights[~query_mask] = torch.inf
     return [query, text, query_mask, document_mask, weights, offsets]
 
 
@@ -125,6 +129,10 @@ def numbers_of_any_size(dtype: torch.dtype) -> None:
     scores, winners, *_ = same([queries, documents, None, None, None, None])
     assert (winners[:, 0] == 0).all() and (winners[2:, 2] == 20).all() and scores[:, 2].isnan().all()
     assert (winners[2:, 7] == 64).all()
+    mask = torch.ones(8, 140, dtype=torch.bool)
+    mask[3, :70] = False
+    _, winners, *_ = same([queries, documents, None, mask, None, None])
+    assert (winners[:, 3] == 70).all()  # all are -inf: the first kept one
 
 
 def neighbours(dtype: torch.dtype) -> None:
