@@ -1,7 +1,8 @@
 """Shifted sparse attention: every way to compute a case, ours and others'.
 
-* ``jmlr``: the package; ``jmlr-triton``: its Triton kernels, where ``jmlr`` is something else; ``torch``: its
-  plain-torch backend.
+* ``jmlr``: the package; ``jmlr-triton``: its Triton kernels, where ``jmlr`` is something else; ``jmlr-sm80``: its
+  compiled kernels for compute capability 8.0 and later, where ``jmlr`` are those for 9.0; ``torch``: its plain-torch
+  backend.
 * ``varlen...``, ``flash-attn...``, ``fla``: two calls of a variable-length attention on views of the head halves
   (benchmarks/peers/varlen.py). The strongest general form, and the one to beat.
 * ``flex``: compiled FlexAttention with the definition as its block mask; ``flex-tuned``: in the compiler's mode
@@ -28,6 +29,7 @@ from benchmarks import oracle, peers
 from benchmarks.attention_cases import CPU_CASES, DRY_CASES, GPU_CASES, AttentionCase
 from benchmarks.candidate import BACKWARD, FORWARD, STEP, Candidate, Function
 from benchmarks.peers import varlen
+from jmlr_kernels import native
 
 __all__ = [
     "CPU_CASES",
@@ -77,11 +79,12 @@ def executed_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype
 
 
 def _library_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
-    from jmlr_kernels import native
     from jmlr_kernels.shifted_attention import executed
 
-    shared_bytes = native.shared_memory(device)
-    return executed.library_flops(case.lengths(), case.group_size, case.heads, case.dim, dtype, shared_bytes)
+    shared_bytes, hopper = native.shared_memory(device), native.has_hopper_kernels(device)
+    return executed.library_flops(
+        case.lengths(), case.group_size, case.heads, case.dim, dtype, shared_bytes, hopper=hopper
+    )
 
 
 def _triton_flops(case: AttentionCase, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
@@ -109,6 +112,8 @@ def candidates(case: AttentionCase, device: torch.device, compiled: int) -> dict
     found = {"jmlr": Candidate(lambda: ours(case, device=device))}
     if jmlr_kernels.backend_info().get("cuda") == "available":
         found["jmlr-triton"] = Candidate(lambda: ours(case, "triton", device))
+    if native.has_hopper_kernels(device):
+        found["jmlr-sm80"] = Candidate(lambda: ours(case, "cuda", device), under=partial(native.cuda_kernels, "sm80"))
     if on_gpu:
         found |= peers.attention(case, device)
         if compiled:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -27,6 +30,7 @@ class Candidate:
             float64 on the case's second data set too.
         compiled_with: candidates of one name here compile the same kernels, for seconds before the first result: one
             process does them ahead, beside those of other names. None where there is nothing to compile.
+        under: every call runs within what this gives.
         comparable: computes the same function; False for a yardstick, which is timed without being compared.
     """
 
@@ -37,3 +41,14 @@ class Candidate:
     peer: bool = False
     compiled_with: str | None = None
     comparable: bool = True
+    under: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def steps(self, steps: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+        """Every step, each of its calls within `under`."""
+        if self.under is nullcontext:
+            return steps
+        return {name: partial(self._call, step) for name, step in steps.items()}
+
+    def _call(self, step: Callable[[], Any]) -> Any:
+        with self.under():
+            return step()

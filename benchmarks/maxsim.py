@@ -1,7 +1,8 @@
 """MaxSim: every way to compute a case, ours and others'.
 
-* ``jmlr``: the package; ``jmlr-triton``: its Triton kernels, where ``jmlr`` is something else; ``torch``: its
-  plain-torch backend.
+* ``jmlr``: the package; ``jmlr-triton``: its Triton kernels, where ``jmlr`` is something else; ``jmlr-sm80``: its
+  compiled kernels for compute capability 8.0 and later, where ``jmlr`` are those for 9.0; ``torch``: its plain-torch
+  backend.
 * ``einsum``, ``einsum-input-dtype``, ``gemm``: stored similarities (benchmarks/baselines.py); ``recompute``: blocks of
   documents under activation checkpointing.
 * ``einsum-compiled``, ``gemm-compiled``: under ``torch.compile``; ``-tuned``: in its mode
@@ -24,6 +25,7 @@ import jmlr_kernels
 from benchmarks import baselines, oracle, peers
 from benchmarks.candidate import Candidate, Function
 from benchmarks.maxsim_cases import CPU_CASES, DRY_CASES, GPU_CASES, MaxSimCase
+from jmlr_kernels import native
 
 __all__ = [
     "CPU_CASES",
@@ -86,6 +88,8 @@ def candidates(case: MaxSimCase, device: torch.device, compiled: int) -> dict[st
     }
     if jmlr_kernels.backend_info().get("cuda") == "available":
         found["jmlr-triton"] = Candidate(lambda: ours(case, "triton", device))
+    if native.has_hopper_kernels(device):
+        found["jmlr-sm80"] = Candidate(lambda: ours(case, "cuda", device), under=partial(native.cuda_kernels, "sm80"))
     found |= peers.maxsim(case, device)
     forms = {
         "gemm": baselines.gemm,

@@ -99,7 +99,7 @@ def prepare(
             continue
         try:
             functions[name] = function = candidate.make()
-            steps = steps_of(function, wide if candidate.padded else tensors, grad)
+            steps = candidate.steps(steps_of(function, wide if candidate.padded else tensors, grad))
             for direction in wanted:
                 warm_up(steps[direction], device)
                 if candidate.comparable:
@@ -141,7 +141,8 @@ def _look_at_other_data(
             continue
         try:
             own = [tensors[0], other.padded(tensors[1])] if candidate.padded else tensors
-            results = results_of(steps_of(functions[name], own, grad)[direction], other, candidate)
+            steps = candidate.steps(steps_of(functions[name], own, grad))
+            results = results_of(steps[direction], other, candidate)
             records[name]["second_data_error"] = compare(
                 results, exact, candidate, dtype, f"{other.data} {direction}", suite
             )

@@ -4,7 +4,8 @@
 name says how it is compiled:
 
 * ``*.cpp``: g++. ``*_avx2.cpp``, ``*_avx512.cpp`` and ``*_avx512bf16.cpp`` with those instructions, on x86-64 only.
-* ``*_cuda.cpp``: g++, in builds with CUDA only. ``*.cu``: nvcc. ``sm90*.cu`` for sm_90 and newer only.
+* ``*_cuda.cpp``: g++, in builds with CUDA only. ``*.cu``: nvcc. ``sm90*.cu`` for sm_90a alone, whose instructions no
+  newer chip has; builds without that architecture leave them out, and ``JMLR_SM90`` is not defined.
 
 Switches, all environment variables: ``JMLR_NATIVE`` (0: no library; 1: an error where it cannot be built),
 ``JMLR_CUDA_ARCHS`` ("80;90a"; "none": no CUDA part), ``JMLR_TORCH`` (folder of another torch package), ``MAX_JOBS``.
@@ -28,6 +29,8 @@ SOURCES = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 DEFAULT_ARCHS = "80;90a"
 PTX_ARCH = 80  # runs, compiled by the driver, on every newer chip
+HOPPER_ARCH = "90a"
+NAMESPACE = "jmlr_native"
 GIGABYTES_PER_JOB = 2
 
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
@@ -177,14 +180,21 @@ def compile_steps(found: Plan, objects: Path) -> list[tuple[Path, Path, list[str
     cuda = bool(found.nvcc)
     include = ["-isystem", str(found.torch / "include"), "-I", str(SOURCES)]
     common = ["-std=c++17", "-O3", "-DNDEBUG", "-DTORCH_TARGET_VERSION=0x020a000000000000", *include]
+    common += [f"-DJMLR_NAMESPACE={NAMESPACE}"]
     if cuda:
         targets = ";".join([*found.archs, f"{PTX_ARCH}+PTX"])
         common += [f'-DJMLR_CUDA_TARGETS="{targets}"', f'-DJMLR_CUDA_VERSION="{found.cuda_version}"', "-DJMLR_CUDA"]
         common += ["-isystem", str(_cuda_home(found.nvcc) / "include")]
+        common += ["-DJMLR_SM90"] if HOPPER_ARCH in found.archs else []
     for source in sorted([*SOURCES.rglob("*.cpp"), *(SOURCES.rglob("*.cu") if cuda else [])]):
         target = objects / f"{'.'.join(source.relative_to(SOURCES).with_suffix('').parts)}.o"
         if source.suffix == ".cu":
-            steps.append((source, target, [found.nvcc, *common, *_nvcc_flags(found, source)]))
+            hopper = source.stem.startswith("sm90")
+            if not hopper:
+                steps.append((source, target, [found.nvcc, *common, *_nvcc_flags(found, found.archs, ptx=True)]))
+            elif HOPPER_ARCH in found.archs:
+                checked = [sys.executable, str(SOURCES / "checked_ptxas.py"), found.nvcc]
+                steps.append((source, target, [*checked, *common, *_nvcc_flags(found, [HOPPER_ARCH], ptx=False)]))
             continue
         suffix = next((name for name in _INSTRUCTIONS if source.stem.endswith(name)), None)
         if (source.stem.endswith("_cuda") and not cuda) or (suffix and platform.machine() != "x86_64"):
@@ -195,17 +205,14 @@ def compile_steps(found: Plan, objects: Path) -> list[tuple[Path, Path, list[str
     return [(source, target, [*command, "-c", str(source), "-o", str(target)]) for source, target, command in steps]
 
 
-def _nvcc_flags(found: Plan, source: Path) -> list[str]:
-    named = re.search(r"sm(\d+)(_|$)", source.stem)
-    least = int(named.group(1)) if named else PTX_ARCH
+def _nvcc_flags(found: Plan, archs: list[str], ptx: bool) -> list[str]:
     flags = ["--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
     # Tiles are chosen for the default architectures. Elsewhere a spill is slow, and no reason to have no library.
     proven = set(found.archs) <= set(DEFAULT_ARCHS.split(";"))
     flags += ["-Xptxas", "--warn-on-spills" + (",--warning-as-error" if proven else "")]
-    for arch in found.archs:
-        if _number(arch) >= least:
-            flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    if least <= PTX_ARCH:
+    for arch in archs:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    if ptx:
         flags += ["-gencode", f"arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"]
     return flags
 

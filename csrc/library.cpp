@@ -8,9 +8,10 @@
 
 #include <string>
 
-STABLE_TORCH_LIBRARY(jmlr_native, library) {
+STABLE_TORCH_LIBRARY(JMLR_NAMESPACE, library) {
     library.def("build_info() -> str");
-    library.def("cpu_instructions() -> str");  // what the CPU path of MaxSim runs with: avx2, avx512, ...
+    library.def("cpu_instructions() -> str");        // what the CPU path of MaxSim runs with: avx2, avx512, ...
+    library.def("cuda_kernels(str choice) -> str");  // see kernel_choice_cuda.cpp
     library.def(
         "shifted_attention_forward(Tensor q, Tensor k, Tensor v, int group_size, Tensor? cu_seqlens,"
         " Tensor? seq_lens, bool wrap, float scale) -> (Tensor, Tensor)");
@@ -18,6 +19,7 @@ STABLE_TORCH_LIBRARY(jmlr_native, library) {
         "shifted_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
         " int group_size, Tensor? cu_seqlens, Tensor? seq_lens, bool wrap, float scale) -> (Tensor, Tensor, Tensor)");
     library.def("shifted_attention_tile_sizes(int element_bytes, int head_dim, int shared_bytes) -> int[]");
+    library.def("shifted_attention_hopper_tiles(int head_dim) -> int[]");
     library.def(
         "maxsim_forward(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask,"
         " Tensor? query_weights, Tensor? cu_seqlens, bool candidates, bool normalize, bool per_token,"
@@ -61,6 +63,6 @@ std::string build_info() {
 }  // namespace
 
 // Without a tensor argument there is no device to dispatch on.
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CompositeExplicitAutograd, library) {
     library.impl("build_info", TORCH_BOX(&build_info));
 }

@@ -1,7 +1,8 @@
 """The compiled library (csrc/, docs/native.md): loads it once, and says what is in it and where it can run.
 
 Two environment variables are read when the package is imported: ``JMLR_LIBRARY``, the path of another ``_C.so`` than
-the one beside this file, and ``JMLR_NATIVE=0``, which leaves it alone.
+the one beside this file, and ``JMLR_NATIVE=0``, which leaves it alone. A third, ``JMLR_CUDA_KERNELS``, is the library's
+own: ``sm80`` keeps a GPU of compute capability 9.0 from the kernels that are written for it alone (docs/hopper.md).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,9 +73,14 @@ def _record(path: Path) -> dict[str, Any]:
 @cache
 def has(operation: str, device_type: str) -> bool:
     """Whether the library has the operation for "cpu" or "cuda" tensors."""
+    return _registered(operation, device_type.upper())
+
+
+@cache
+def _registered(operation: str, key: str) -> bool:
     if loaded().problem:
         return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operation}", device_type.upper())
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{operation}", key)
 
 
 def function(operation: str) -> Callable[..., Any]:
@@ -126,6 +133,30 @@ def _gpu_problem(found: Library, device: torch.device) -> str | None:
             f" sm_{capability[0]}{capability[1]}; build it with JMLR_CUDA_ARCHS={capability[0]}{capability[1]}"
         )
     return None
+
+
+def has_hopper_kernels(device: torch.device) -> bool:
+    """Whether a GPU is one that the library has kernels of its own for (csrc/*/sm90*): compute capability 9.0."""
+    if device.type != "cuda" or not _registered("cuda_kernels", "CompositeExplicitAutograd"):
+        return False
+    return "90a" in loaded().cuda_targets and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@contextmanager
+def cuda_kernels(choice: str) -> Iterator[None]:
+    """Within it, the library's CUDA kernels are those of a kind: "auto", "sm80" (those for compute capability 8.0 and
+    later), or "sm90", an error where they cannot run. For the whole process; for tests and timings.
+
+    Raises:
+        RuntimeError: there is no such kind, or the library has no CUDA part.
+    """
+    if not _registered("cuda_kernels", "CompositeExplicitAutograd"):
+        raise RuntimeError("the native library has no CUDA part, so there is nothing to choose among")
+    before = function("cuda_kernels")(choice)
+    try:
+        yield
+    finally:
+        function("cuda_kernels")(before)
 
 
 def shared_memory(device: torch.device) -> int:

@@ -1,11 +1,12 @@
 """`make gpu`: everything that needs a GPU, in one command of under nine minutes, without a network.
 
-Six phases, each a process of its own with its own time limit, so that a kernel that kills the CUDA context ends its
-phase and not the others: the GPU tests, the compiled kernels under compute-sanitizer, what the timings need compiled
-(in parallel), the timings of both operations, and a few steps of joint training. ``tune``, which searches tile sizes,
-and ``profile`` run only when they are asked for. Results go to ``benchmarks/results/<gpu>/`` (``--out`` overrides): one
-JSON file for each operation, ``summary.json``, and ``log.txt`` with all that the phases printed. The last thing printed
-is a short table.
+Seven phases, each a process of its own with its own time limit, so that a kernel that kills the CUDA context ends its
+phase and not the others: a first look at the kernels for compute capability 9.0 (where one does not end or differs, the
+later phases do without them), the GPU tests, the compiled kernels under compute-sanitizer, what the timings need
+compiled (in parallel), the timings of both operations, and a few steps of joint training. ``tune`` and ``tune_hopper``,
+which search tile sizes, and ``profile`` run only when they are asked for. Results go to ``benchmarks/results/<gpu>/``
+(``--out`` overrides): one JSON file for each operation, ``summary.json``, and ``log.txt`` with all that the phases
+printed. The last thing printed is a short table.
 Exit code 1 when a phase fails.
 
     python -m tools.gpu_check [--out DIR] [--phases tests,attention] [--seconds maxsim=400] [--commit HASH] [--dry-run]
@@ -36,8 +37,16 @@ from benchmarks.peers import unpack_wheels
 from tools.gpu_table import operation_table, phase_table
 
 TOTAL_SECONDS = 525.0
-PHASE_SECONDS = {"tests": 110.0, "sanitize": 60.0, "warm": 55.0, "attention": 115.0, "maxsim": 135.0, "training": 45.0}
-ON_REQUEST_SECONDS = {"tune": 450.0, "profile": 240.0}
+PHASE_SECONDS = {
+    "hopper": 40.0,
+    "tests": 105.0,
+    "sanitize": 55.0,
+    "warm": 55.0,
+    "attention": 105.0,
+    "maxsim": 120.0,
+    "training": 45.0,
+}
+ON_REQUEST_SECONDS = {"tune": 450.0, "tune_hopper": 500.0, "profile": 240.0}
 
 
 @dataclass
@@ -61,12 +70,14 @@ class Context:
     dry_run: bool
     commit: str | None
 
-    def run(self, command: list[str], seconds: float) -> tuple[int | None, str]:
+    def run(
+        self, command: list[str], seconds: float, environment: dict[str, str] | None = None
+    ) -> tuple[int | None, str]:
         """Exit code (None past the time limit) and all output of a command, which also goes to the log."""
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=self.environment,
+            env={**self.environment, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -124,6 +135,30 @@ _KERNEL_TESTS = (
 )
 
 
+@dataclass(frozen=True)
+class Job:
+    """A file of tests, and which of the library's CUDA kernels it runs (docs/hopper.md)."""
+
+    path: Path
+    kernels: str = "auto"
+
+    @property
+    def name(self) -> str:
+        return self.path.stem + (f"-{self.kernels}" if self.kernels != "auto" else "")
+
+
+def _hopper_tests(context: Context) -> list[Path]:
+    """Files to run a second time with the kernels for compute capability 8.0: none where no others are used."""
+    code = "import torch, jmlr_kernels.native as n; print(n.has_hopper_kernels(torch.device('cuda', 0)))"
+    if (
+        context.dry_run
+        or "JMLR_CUDA_KERNELS" in context.environment
+        or _last_line(context.run([sys.executable, "-c", code], 60)[1]) != "True"
+    ):
+        return []
+    return [ROOT / "tests" / "gpu" / f"test_gpu_{family}.py" for family in ("attention", "maxsim", "compressed")]
+
+
 def tests(context: Context, limit: float) -> Phase:
     """Every test marked `gpu`, and the kernels' tests, each file in a process of its own, several at a time: most of
     the time goes into compiling. Files that ask for an absent library are left out and named."""
@@ -132,24 +167,30 @@ def tests(context: Context, limit: float) -> Phase:
     if missing:
         return Phase("tests", "skipped", 0.0, missing)
     files = sorted(ROOT.glob("tests/gpu/test_*.py"))
+    again = _hopper_tests(context)
     if not context.dry_run:
         files += sorted(path for pattern in _KERNEL_TESTS for path in ROOT.glob(pattern))
     wanting = [path for path in files if "hypothesis" in path.read_text()] if _missing("hypothesis") else []
     chosen = [path for path in files if path not in wanting]
 
-    def run(path: Path) -> tuple[int | None, str]:
-        marked = "gpu" if path.parent.name == "gpu" else "not gpu and not slow"
+    # Where a GPU has kernels of its own, the others are tested on it too.
+    jobs = [Job(path) for path in chosen] + [Job(path, "sm80") for path in again if path in chosen]
+
+    def run(job: Job) -> tuple[int | None, str]:
+        marked = "gpu" if job.path.parent.name == "gpu" else "not gpu and not slow"
         command = [sys.executable, "-m", "pytest", "-q", "-m", marked, "-p", "no:cacheprovider", "-p", "no:benchmark"]
-        return context.run([*command, str(path), f"--junitxml={context.scratch / path.stem}.xml"], limit)
+        report = f"--junitxml={context.scratch / job.name}.xml"
+        forced = {} if job.kernels == "auto" else {"JMLR_CUDA_KERNELS": job.kernels}
+        return context.run([*command, str(job.path), report], limit, forced)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        outcomes = dict(zip(chosen, pool.map(run, chosen), strict=True))
+        outcomes = dict(zip(jobs, pool.map(run, jobs), strict=True))
     # 5: nothing of this file was chosen.
     worst = [code for code, _ in outcomes.values() if code not in (0, 5)]
     code = 0 if not worst else None if None in worst else worst[0]
-    detail = _test_counts([context.scratch / f"{path.stem}.xml" for path in chosen])
-    stopped = [path.name for path, (one, _) in outcomes.items() if one is None]
-    silent = [path for path, (one, _) in outcomes.items() if one not in (0, 1, 5, None)]
+    detail = _test_counts([context.scratch / f"{job.name}.xml" for job in jobs])
+    stopped = [job.name for job, (one, _) in outcomes.items() if one is None]
+    silent = [job for job, (one, _) in outcomes.items() if one not in (0, 1, 5, None)]
     if silent:
         detail += f"; {silent[0].name}: {_last_line(outcomes[silent[0]][1])}"
     if stopped:
@@ -176,6 +217,29 @@ def operation(name: str) -> Callable[[Context, float], Phase]:
         return _verdict(name, code, time.monotonic() - started, limit, detail)
 
     return phase
+
+
+HOPPER_CHECKS = ("attention-forward", "attention-backward", "maxsim-forward", "maxsim-backward")
+
+
+def hopper(context: Context, limit: float) -> Phase:
+    """Whether the kernels for compute capability 9.0 run, end and agree with the others; else nobody uses them here."""
+    started = time.monotonic()
+    if context.dry_run:
+        return Phase("hopper", "skipped", 0.0, "a dry run has no GPU")
+    bad = []
+    for check in HOPPER_CHECKS:
+        left = limit - (time.monotonic() - started)
+        code, output = context.run([sys.executable, "-m", "tools.hopper_smoke", check], max(5.0, min(20.0, left)))
+        if code == 2:
+            return Phase("hopper", "skipped", time.monotonic() - started, _last_line(output))
+        if code != 0:
+            bad.append(f"{check} " + ("does not end" if code is None else f"fails: {_last_line(output)}"))
+    seconds = time.monotonic() - started
+    if not bad:
+        return Phase("hopper", "passed", seconds, f"{len(HOPPER_CHECKS)} operations agree")
+    context.environment["JMLR_CUDA_KERNELS"] = "sm80"
+    return Phase("hopper", "failed", seconds, f"{'; '.join(bad)}; later phases use the kernels for 8.0")
 
 
 def warm(context: Context, limit: float) -> Phase:
@@ -219,6 +283,7 @@ def train_steps(context: Context, limit: float, steps: int = 20, device: str = "
 
 
 PHASES: dict[str, Callable[[Context, float], Phase]] = {
+    "hopper": hopper,
     "tests": tests,
     "sanitize": tool("sanitize"),
     "warm": warm,
@@ -226,6 +291,7 @@ PHASES: dict[str, Callable[[Context, float], Phase]] = {
     "maxsim": operation("maxsim"),
     "training": train_steps,
     "tune": tool("tune"),
+    "tune_hopper": tool("tune_hopper"),
     "profile": tool("profile"),
 }
 

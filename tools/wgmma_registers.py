@@ -33,7 +33,9 @@ def _lines(columns: int) -> list[str]:
 
 def header() -> str:
     """The whole file."""
-    return "\n".join([HEAD, *(line for columns in COLUMNS for line in ["", *_lines(columns)]), "// clang-format on", ""])
+    return "\n".join(
+        [HEAD, *(line for columns in COLUMNS for line in ["", *_lines(columns)]), "// clang-format on", ""]
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ Tensor maxsim_residual_forward(Tensor queries, Tensor codes, Tensor residuals, T
 }  // namespace
 }  // namespace jmlr::maxsim
 
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CUDA, library) {
     library.impl("maxsim_quantized_forward", TORCH_BOX(&jmlr::maxsim::maxsim_quantized_forward));
     library.impl("maxsim_residual_forward", TORCH_BOX(&jmlr::maxsim::maxsim_residual_forward));
 }

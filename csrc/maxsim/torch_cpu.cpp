@@ -59,7 +59,7 @@ std::string cpu_instructions() { return cpu::instruction_set(); }
 }  // namespace
 }  // namespace jmlr::maxsim
 
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CPU, library) {
     library.impl("maxsim_forward", TORCH_BOX(&jmlr::maxsim::maxsim_forward));
     library.impl("maxsim_backward", TORCH_BOX(&jmlr::maxsim::maxsim_backward));
     library.impl("maxsim_loss_rows", TORCH_BOX(&jmlr::maxsim::maxsim_loss_rows));
@@ -67,6 +67,6 @@ STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CPU, library) {
     library.impl("maxsim_residual_forward", TORCH_BOX(&jmlr::maxsim::maxsim_residual_forward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CompositeExplicitAutograd, library) {
     library.impl("cpu_instructions", TORCH_BOX(&jmlr::maxsim::cpu_instructions));
 }

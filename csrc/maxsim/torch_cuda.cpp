@@ -45,7 +45,7 @@ Tensor maxsim_loss_rows(Tensor scores, OptionalTensor target, Tensor temperature
 }  // namespace
 }  // namespace jmlr::maxsim
 
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CUDA, library) {
     library.impl("maxsim_forward", TORCH_BOX(&jmlr::maxsim::maxsim_forward));
     library.impl("maxsim_backward", TORCH_BOX(&jmlr::maxsim::maxsim_backward));
     library.impl("maxsim_loss_rows", TORCH_BOX(&jmlr::maxsim::maxsim_loss_rows));

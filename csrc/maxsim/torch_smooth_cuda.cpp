@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> maxsim_smooth_backward(Tensor grad_scores, Te
 }  // namespace
 }  // namespace jmlr::maxsim
 
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CUDA, library) {
     library.impl("maxsim_smooth_forward", TORCH_BOX(&jmlr::maxsim::maxsim_smooth_forward));
     library.impl("maxsim_smooth_backward", TORCH_BOX(&jmlr::maxsim::maxsim_smooth_backward));
 }

@@ -2,8 +2,12 @@
 
 #include <tuple>
 
+#include "../kernel_choice.h"
 #include "../tensors.h"
 #include "sm80.h"
+#ifdef JMLR_SM90
+#include "sm90.h"
+#endif
 
 namespace jmlr::shifted_attention {
 namespace {
@@ -94,6 +98,24 @@ std::vector<int64_t> statistics_shape(const Problem& problem, bool packed) {
     return {problem.batches, problem.heads, problem.rows};
 }
 
+void run(const ForwardProblem& problem, void* stream) {
+#ifdef JMLR_SM90
+    if (use_hopper("shifted_sparse_attention", sm90::serves(problem))) return sm90::forward(problem, stream);
+#else
+    use_hopper("shifted_sparse_attention", false);
+#endif
+    sm80::forward(problem, stream);
+}
+
+void run(const BackwardProblem& problem, void* stream) {
+#ifdef JMLR_SM90
+    if (use_hopper("shifted_sparse_attention", sm90::serves(problem))) return sm90::backward(problem, stream);
+#else
+    use_hopper("shifted_sparse_attention", false);
+#endif
+    sm80::backward(problem, stream);
+}
+
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t group_size, OptionalTensor cu_seqlens,
                                    OptionalTensor seq_lens, bool wrap, double scale) {
     const OnDeviceOf device(q);
@@ -101,8 +123,8 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, int64_t group_s
     Tensor out = unwritten_like(q);
     Tensor lse = new_tensor(q, statistics_shape(checked.problem, cu_seqlens.has_value()), ScalarType::Float);
     if (q.numel() > 0) {
-        sm80::forward({checked.problem, out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr())},
-                      current_cuda_stream(q));
+        run(ForwardProblem{checked.problem, out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr())},
+            current_cuda_stream(q));
     }
     return {out, lse};
 }
@@ -123,10 +145,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
         Tensor grads = with_unit_stride(grad_out), delta = new_tensor(q, statistics, ScalarType::Float);
         out = torch::stable::contiguous(out);
         lse = torch::stable::contiguous(lse);
-        sm80::backward({checked.problem, input_of(grads), out.const_data_ptr(),
-                        static_cast<const float*>(lse.const_data_ptr()), static_cast<float*>(delta.mutable_data_ptr()),
-                        dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()},
-                       current_cuda_stream(q));
+        run(BackwardProblem{checked.problem, input_of(grads), out.const_data_ptr(),
+                            static_cast<const float*>(lse.const_data_ptr()),
+                            static_cast<float*>(delta.mutable_data_ptr()), dq.mutable_data_ptr(), dk.mutable_data_ptr(),
+                            dv.mutable_data_ptr()},
+            current_cuda_stream(q));
     }
     return {dq, dk, dv};
 }
@@ -134,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor q, Tensor k,
 }  // namespace
 }  // namespace jmlr::shifted_attention
 
-STABLE_TORCH_LIBRARY_IMPL(jmlr_native, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(JMLR_NAMESPACE, CUDA, library) {
     library.impl("shifted_attention_forward", TORCH_BOX(&jmlr::shifted_attention::forward));
     library.impl("shifted_attention_backward", TORCH_BOX(&jmlr::shifted_attention::backward));
 }

@@ -1,68 +1,54 @@
-// What compute capability 9.0 adds to primitives.h: copies that a descriptor of the tensor steers, barriers that count
-// arrivals and bytes, products that read shared memory by themselves, registers that warpgroups hand to each other.
-// Files that include this are compiled for sm_90a alone. docs/hopper.md explains how kernels are put together of it.
+// What compute capability 9.0 adds to primitives.h: copies that a description of the tensor steers, barriers that
+// count arrivals and bytes, products that read shared memory by themselves, registers that warpgroups hand to each
+// other. Files that include this are compiled for sm_90a alone. docs/hopper.md shows how kernels are put together of
+// it.
 //
-// Shared memory is named by byte offsets, as everywhere. A *warpgroup* is 128 neighbouring threads (4 warps) from a
-// multiple of 128 on.
+// Shared memory is named by byte offsets. A *warpgroup* is 128 neighbouring threads from a multiple of 128 on.
 //
-//   TensorMap                            describes a tensor in global memory; made on the host (tensor_map.h), passed
-//   as a
-//                                        member of a kernel's Params
-//   prefetch_map(map)                    hint: its copies come soon; by one thread
+// TensorMap: describes a tensor in global memory; made on the host (tensor_map.h), a member of a kernel's Params.
+//   prefetch_map(map): hint, by one thread: copies by it come soon
 //
-//   Barrier(offset)                      8 bytes of shared memory, aligned to 8. It has phases, which complete when all
-//                                        expected arrivals have come and all expected bytes; their parity alternates,
-//                                        that of the first is 0.
-//     .init(arrivals)                    by one thread; then fence_barriers() by that thread and sync_block() (or
-//                                        sync_cluster()) by all, before anybody uses it
-//     .arrive()                          releases what the calling thread did before
-//     .arrive_expecting(bytes)           the same, and the phase waits for so many bytes of copies too
-//     .wait(parity)                      until the phase of this parity has completed; acquires. A barrier that was
-//     never
-//                                        used lets wait(1) pass: a producer starts with parity 1, a consumer with 0.
-//     .arrive_at(block)                  arrive at the same offset in another block of the cluster
-//   fence_barriers()
+// Barrier(offset): 8 bytes of shared memory, aligned to 8. A phase completes when all expected arrivals and all
+//   expected bytes have come; phases have parities 0, 1, 0, ...
+//   init(arrivals): by one thread, who then calls fence_barriers(); before use, sync_block() or sync_cluster()
+//   arrive(): releases what the calling thread did before
+//   arrive_expecting(bytes): the same, and the phase waits for that many bytes of copies too
+//   arrive_at(block): arrives at the same offset in another block of the cluster
+//   wait(parity): until the phase of this parity has completed; acquires. Before the first phase wait(1) passes: a
+//       producer starts with parity 1, a consumer with 0.
 //
-//   copy_box(offset, map, barrier, c0, c1, ...)   by ONE thread: the box whose first element has coordinates c0 (the
-//                                        innermost), c1, ..., to shared memory at a multiple of 1024 bytes. Elements
-//                                        outside of the tensor, which coordinates below zero name too, become zeros.
-//                                        The whole box's bytes count at the barrier, also those.
-//   copy_box_to_all(blocks, offset, ...) the same, to that offset in every block of the cluster whose bit is set, and
-//   at
-//                                        that barrier in each of them
-//   store_box(map, offset, c0, c1, ...)  by one thread, the other way; elements outside are not written. After
-//                                        fence_async() by whoever wrote the shared memory, and a barrier.
-//   commit_stores()  wait_stores<n>()    of the same thread: until at most n groups still read shared memory
-//   wait_stores_written<n>()             until at most n groups are not yet in global memory
-//   copy_bytes(offset, global, bytes, barrier)    by one thread: plain bytes; all three multiples of 16
+// Copies, each issued by ONE thread:
+//   copy_box(offset, map, barrier, c0, c1, ...): the box from coordinates c0 (innermost), c1, ... to a multiple of
+//       1024 bytes. Elements outside of the tensor, also at negative coordinates, become zeros; all bytes of the box
+//       count at the barrier.
+//   copy_box_to_all(blocks, offset, ...): the same to every block of the cluster whose bit is set, each with its own
+//       barrier at that offset
+//   copy_bytes(offset, global, bytes, barrier): plain bytes; all three multiples of 16
+//   store_box(map, offset, c0, c1, ...): the way back; elements outside are not written. Before it, fence_async() by
+//       those who wrote the shared memory, and a barrier.
+//   commit_stores()  wait_stores<n>()  wait_stores_written<n>(): of the same thread: until at most n groups still
+//       read shared memory, or are not yet in global memory
+//   fence_async(): shared memory that this thread has written is seen by products and stores of boxes; before the
+//       barrier that tells the others
 //
-//   fence_async()                        what this thread wrote to shared memory itself will be seen by products and
-//                                        stores of boxes; before the barrier that tells the others
-//
-//   Products: c[64, N] = a[64, 16] b[16, N] (+ c), by a whole warpgroup, all of whose warps call converged.
-//     Warp w of the warpgroup holds rows 16 w .. 16 w + 15, laid out like the accumulators of fragments.h: float
-//     c[N / 8][4]. a comes from shared memory or from registers (Fragments<Element>::A's layout), b from shared memory.
-//     Of single-byte elements the inner dimension is 32.
-//   open_products(c, ...)                before the first product, and again whenever the threads themselves have
-//   written
-//                                        accumulators or a's registers since; names those accumulators
-//   multiply_async<Element, A, B>(c, a, b, accumulate)     a, b: descriptors, see below; A, B: the Major of each
+// Products: c[64, N] = a[64, 16] b[16, N] (+ c), by all warps of a warpgroup, converged. Warp w of it holds rows 16 w
+// .. 16 w + 15 in c[N / 8][4], laid out as the accumulators of fragments.h. b lies in shared memory, a there or in
+// registers (the layout of Fragments<Element>::A). Of elements of one byte the inner dimension is 32.
+//   open_products(c, ...): before the first product, and when threads have touched accumulators c or a's registers
+//       since
+//   multiply_async<Element, A, B>(c, a, b, accumulate): a, b: descriptors, A, B: the Major of each
 //   multiply_async<Element, B>(c, a_registers, b, accumulate)
-//   close_products()                     ends a group of products
-//   wait_products<n>(c, ...)             until at most n groups are under way. The accumulators that are ready by then
-//   must
-//                                        be named: between a product and that wait nobody touches them, nor a's
-//                                        registers, nor writes the shared memory that a and b lie in.
+//   close_products(): ends a group of products
+//   wait_products<n>(c, ...): until at most n groups are under way. It names the accumulators that are ready then:
+//       between a product and that wait nobody touches them, nor a's registers, nor writes the shared memory that a
+//       and b lie in.
+//   inner_matrix(tile, row, k)  outer_matrix(tile, k, column): descriptors of pieces of Panels, below
 //
-//   inner_matrix(tile, row, k)  outer_matrix(tile, k, column)      descriptors of pieces of Panels, see below
-//
-//   take_registers<n>()  give_registers<n>()      by all warps of a warpgroup: from now on a thread has n registers, a
-//                                        multiple of 8 up to 240. What is taken must have been given by others: taking
-//                                        waits.
-//   sync_threads_of(id, threads)  arrive_for(id, threads)   barrier id (1 .. 15; 0 is sync_block's) for so many
-//   threads,
-//                                        some of which may only arrive
-//   cluster_rank()  cluster_size()  sync_cluster()         a kernel has clusters with `static constexpr int kCluster`
+// take_registers<n>(), give_registers<n>(): by all warps of a warpgroup: a thread has n registers from now on, a
+//   multiple of 8 up to 240. Taking waits until others have given.
+// sync_threads_of(id, threads), arrive_for(id, threads): barrier id (1 .. 15; 0 is sync_block's) for so many threads,
+//   some of which may only arrive
+// cluster_rank(), cluster_size(), sync_cluster(): of kernels with `static constexpr int kCluster`
 #pragma once
 
 #include "primitives.h"

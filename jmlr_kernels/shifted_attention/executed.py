@@ -58,11 +58,14 @@ def library_flops(
     dtype: torch.dtype,
     shared_bytes: int,
     boundary: str = "split",
+    hopper: bool = False,
 ) -> dict[str, int]:
     """FLOPs of the native library's CUDA kernels, by name, for arguments as :func:`executed_flops` takes them.
 
     Args:
         shared_bytes: what a block may ask for on the GPU (``native.shared_memory``).
+        hopper: the kernels for compute capability 9.0 run where they take such a problem
+            (``native.has_hopper_kernels``), tensors that copies can address taken for granted.
 
     Warps that share rows compute the scores once each. A product of float32, which the tensor cores make of three of
     TF32, counts once.
@@ -71,12 +74,69 @@ def library_flops(
         RuntimeError: a dtype or head dimension that the library does not have.
     """
     dim, *sizes = native.function("shifted_attention_tile_sizes")(dtype.itemsize, head_dim, shared_bytes)
+    own = _hopper_tiles(dtype, head_dim, boundary) if hopper else {}
     flops = {}
     for i, (kernel, (of_scores, of_sums)) in enumerate(_LIBRARY.items()):
+        if kernel in own:
+            count = _HOPPER[kernel]
+            rows, columns = own[kernel][1:]
+            pairs = sum(
+                heads // 2 * count(length, group_size, rows, columns, 0)
+                + (heads - heads // 2) * count(length, group_size, rows, columns, group_size - group_size // 2)
+                for length in lengths
+            )
+            flops[kernel] = 2 * (of_scores + of_sums) * own[kernel][0] * pairs
+            continue
         block_m, block_n, parts = sizes[3 * i : 3 * i + 3]
         walked = _walked(_KERNELS[kernel][1], lengths, group_size, heads, block_m, block_n, boundary)
         flops[kernel] = 2 * (of_scores * parts + of_sums) * dim * block_m * block_n * walked
     return flops
+
+
+def _hopper_tiles(dtype: torch.dtype, head_dim: int, boundary: str) -> dict[str, tuple[int, int, int]]:
+    """Of each kernel for compute capability 9.0 that takes it: columns of a head, rows of a block, rows streamed."""
+    if dtype.itemsize != 2 or boundary != "split":
+        return {}
+    found = native.function("shifted_attention_hopper_tiles")(head_dim)
+    pairs = zip(_LIBRARY, zip(found[1::2], found[2::2], strict=True), strict=False)
+    return {kernel: (found[0], rows, streamed) for kernel, (rows, streamed) in pairs}
+
+
+def hopper_forward_pairs(length: int, group_size: int, block_m: int, block_n: int, shift: int) -> int:
+    """Pairs that the forward of compute capability 9.0 multiplies for one head: each 64 queries of a block walk the
+    block's tiles of keys, from the first that their groups reach into; of the last they may take one half."""
+    pairs = 0
+    for tile in range(0, length, block_m):
+        begin = _group_start(tile, shift, group_size)
+        for row in range(tile, min(tile + block_m, length), _WARPGROUP_ROWS):
+            end = min(row + _WARPGROUP_ROWS, length) - begin
+            first, last = (_group_start(row, shift, group_size) - begin) // block_n, _tiles(end, block_n)
+            halved = end - (last - 1) * block_n <= block_n // 2
+            pairs += _WARPGROUP_ROWS * ((last - first) * block_n - halved * (block_n // 2))
+    return pairs
+
+
+def hopper_dq_pairs(length: int, group_size: int, block_m: int, block_n: int, shift: int) -> int:
+    """The same for dq, which takes whole tiles."""
+    pairs = 0
+    for tile in range(0, length, block_m):
+        begin = _group_start(tile, shift, group_size)
+        for row in range(tile, min(tile + block_m, length), _WARPGROUP_ROWS):
+            end = min(row + _WARPGROUP_ROWS, length) - begin
+            first = (_group_start(row, shift, group_size) - begin) // block_n
+            pairs += _WARPGROUP_ROWS * block_n * (_tiles(end, block_n) - first)
+    return pairs
+
+
+def hopper_dkdv_pairs(length: int, group_size: int, block_n: int, block_m: int, shift: int) -> int:
+    """The same for dk and dv: each 64 keys of a block walk its tiles of queries, as far as their groups reach."""
+    pairs = 0
+    for tile in range(0, length, block_n):
+        for row in range(tile, min(tile + block_n, length), _WARPGROUP_ROWS):
+            last = min(row + _WARPGROUP_ROWS, length) - 1
+            end = _group_end(last, shift, group_size, length) - tile
+            pairs += _WARPGROUP_ROWS * block_m * (_tiles(end, block_m) - (row - tile) // block_m)
+    return pairs
 
 
 def _walked(
@@ -186,3 +246,11 @@ _KERNELS: dict[str, tuple[int, Callable[[int, int, int, int, int, int], int]]] =
 # Of the native library's kernels: products that give scores, and products that sum over scores. Their tiles are walked
 # as those of the Triton kernels of the same name.
 _LIBRARY = {"forward": (1, 1), "backward_dq": (2, 1), "backward_dkdv": (2, 2)}
+
+# Rows of a block that four warps multiply together on compute capability 9.0, and pairs that its kernels multiply.
+_WARPGROUP_ROWS = 64
+_HOPPER: dict[str, Callable[[int, int, int, int, int], int]] = {
+    "forward": hopper_forward_pairs,
+    "backward_dq": hopper_dq_pairs,
+    "backward_dkdv": hopper_dkdv_pairs,
+}

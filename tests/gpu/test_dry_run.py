@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,27 @@ def test_a_failing_phase_leaves_the_others_running(
     assert outcomes == {"broken": "failed", "endless": "failed", "sound": "passed"}
 
 
+@pytest.mark.parametrize("fault", ["endless", "wrong", None])
+def test_kernels_that_fail_the_first_look_are_kept_from_later_phases(
+    fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes in place of tools.hopper_smoke: one that agrees, one that never ends, one that differs."""
+    programs = {None: "print('agrees')", "endless": "import time; time.sleep(60)", "wrong": "print('differs'); exit(1)"}
+    run = gpu_check.Context.run
+
+    def in_its_place(self: gpu_check.Context, command: list[str], seconds: float) -> tuple[int | None, str]:
+        faulty = command[-1] == "maxsim-forward"
+        return run(self, [sys.executable, "-c", programs[fault if faulty else None]], min(seconds, 3.0))
+
+    monkeypatch.setattr(gpu_check.Context, "run", in_its_place)
+    with (tmp_path / "log.txt").open("w") as log:
+        context = gpu_check.Context(tmp_path, tmp_path, log, dict(os.environ), False, None)
+        phase = gpu_check.hopper(context, 40.0)
+    said = {"endless": "maxsim-forward does not end", "wrong": "maxsim-forward fails: differs", None: "agree"}[fault]
+    assert phase.outcome == ("passed" if fault is None else "failed") and said in phase.detail
+    assert context.environment.get("JMLR_CUDA_KERNELS") == (None if fault is None else "sm80")
+
+
 def test_requests_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     run = _check("--phases", "sing")
     assert run.returncode == 2 and "choose from" in run.stderr and "Traceback" not in run.stderr
@@ -112,13 +134,14 @@ def test_limits_of_phases_can_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_a_tool_needs_and_lacks_is_no_failure(tmp_path: Path) -> None:
-    """The real `tools.profile` and `tools.tune`, which find no GPU."""
+    """The real tools, which find no GPU."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT), CUDA_VISIBLE_DEVICES="")
     with (tmp_path / "log.txt").open("w") as log:
         context = gpu_check.Context(tmp_path, tmp_path, log, environment, False, None)
-        for name in ("profile", "tune"):
+        for name in ("profile", "tune", "tune_hopper", "hopper"):
             phase = gpu_check.PHASES[name](context, 100.0)
-            assert phase.outcome == "skipped" and "no CUDA device" in phase.detail, phase
+            assert phase.outcome == "skipped", phase
+            assert re.search("no CUDA device|no GPU of compute capability 9.0", phase.detail), phase
 
 
 @pytest.mark.slow

@@ -86,6 +86,9 @@ extern std::vector<int64_t> products;
 [[noreturn]] void fail(const std::string& what, int thread);
 [[noreturn]] void fail(const std::string& what);
 
+// What each launch writes has new owners.
+void begin_launch();
+
 std::string place(int offset);
 void check_arrived(int cell, int thread);
 void check_shared_place(int offset, int bytes, int alignment, int thread);

@@ -11,6 +11,8 @@ void bind_maxsim_compressed(pybind11::module_& module);
 void bind_maxsim_sm90_forward(pybind11::module_& module);
 void bind_maxsim_smooth(pybind11::module_& module);
 void bind_shifted_attention(pybind11::module_& module);
+void bind_shifted_attention_sm90(pybind11::module_& module);
+void bind_shifted_attention_sm90_backward(pybind11::module_& module);
 
 }  // namespace host_build
 
@@ -23,4 +25,6 @@ PYBIND11_MODULE(jmlr_host_build, module) {
     host_build::bind_maxsim_sm90_forward(module);
     host_build::bind_maxsim_smooth(module);
     host_build::bind_shifted_attention(module);
+    host_build::bind_shifted_attention_sm90(module);
+    host_build::bind_shifted_attention_sm90_backward(module);
 }

@@ -19,6 +19,9 @@ from typing import Any
 
 from host_module import HERE, NAME, ROOT, build
 
+# What kernels run on, of this folder's sources.
+EMULATOR = ["device.cpp", "emulator.cpp", "emulated_memory.cpp", "happens_before.cpp", "hopper_copies.cpp"]
+EMULATOR += ["hopper_emulator.cpp", "hopper_products.cpp"]
 # A bug may leave a variable unused.
 FLAGS = ("-O1", "-Wno-error")
 

@@ -12,17 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from mutate import first_failure, read_mutations, try_all
+from mutate import EMULATOR, first_failure, read_mutations, try_all
 
 DTYPE = torch.float16
-SOURCES = [
-    "device.cpp",
-    "emulator.cpp",
-    "maxsim_half.cpp",
-    "maxsim_loss_rows.cpp",
-    "maxsim_module.cpp",
-    "maxsim_sm80.cpp",
-]
+SOURCES = [*EMULATOR, "maxsim_half.cpp", "maxsim_loss_rows.cpp", "maxsim_module.cpp", "maxsim_sm80.cpp"]
 _SIGNATURES = (
     "void forward_{0}(const Problem&, const ForwardOutput&, void*, int, void*)",
     "void backward_{0}(const Problem&, const BackwardInput&, const BackwardOutput&, void*, int, void*)",

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from mutate import first_failure, read_mutations, try_all
+from mutate import EMULATOR, first_failure, read_mutations, try_all
 
 DTYPE = torch.float16
-SOURCES = ["device.cpp", "emulator.cpp", "attention_half.cpp", "attention_module.cpp"]
+SOURCES = [*EMULATOR, "attention_half.cpp", "attention_module.cpp"]
 # The module's entry, and the element types that are left out.
 EXTRA = {
     "only_attention.cpp": """

@@ -6,8 +6,11 @@ import random
 from typing import Any
 
 import attention_calls
+import attention_sm90_backward_calls
+import attention_sm90_calls
 import pytest
 import torch
+from host_module import load
 
 from jmlr_kernels import native
 from jmlr_kernels.shifted_attention.executed import library_flops
@@ -64,6 +67,42 @@ def test_executed_flops_are_what_the_tensor_cores_multiply(
         for kernel, flops in expected.items():
             pairs = sum(attention_pairs(length, group_size, boundary).total(heads) for length in lengths)
             assert flops >= 2 * USEFUL[kernel] * dim * pairs > 0
+
+
+@pytest.mark.parametrize("layout", ["dense", "padded", "packed"])
+def test_executed_flops_of_the_hopper_kernels(layout: str) -> None:
+    rng = random.Random(layout)
+    for dtype, dim in ((torch.float16, 128), (torch.bfloat16, 64), (torch.float16, 80), (torch.bfloat16, 200)):
+        heads, kv_heads = rng.choice(((2, 1), (3, 3)))
+        lengths, arguments, lead = documents(rng, layout, 500)
+        group_size = rng.randint(2, 400)
+        q, k, v, grad = (torch.randn((*lead, count, dim)).to(dtype) for count in (heads, kv_heads, kv_heads, heads))
+        expected = library_flops(lengths, group_size, heads, dim, dtype, 227 * 1024, hopper=True)
+        module = load()
+        module.take_products()
+        attention_sm90_calls.forward(q, k, v, group_size, **arguments)
+        made = [round(products * FLOPS[dtype]) for products in module.take_products()]
+        if dim <= 128:
+            attention_sm90_backward_calls.results(q, k, v, grad, group_size, **arguments)
+            made += [round(products * FLOPS[dtype]) for products in module.take_products()]
+        assert made == list(expected.values())[: len(made)], (dtype, dim, lengths, group_size)
+        for kernel, flops in expected.items():
+            pairs = sum(attention_pairs(length, group_size).total(heads) for length in lengths)
+            assert flops >= 2 * USEFUL[kernel] * dim * pairs > 0
+
+
+def test_the_hopper_kernels_count_only_what_they_take() -> None:
+    arguments = ([300], 128, 2)
+    for dtype, dim, boundary in (
+        (torch.float32, 64, "split"),
+        (torch.float16, 60, "split"),
+        (torch.float16, 64, "wrap"),
+    ):
+        usual = library_flops(*arguments, dim, dtype, 227 * 1024, boundary)
+        assert library_flops(*arguments, dim, dtype, 227 * 1024, boundary, hopper=True) == usual
+    wide = library_flops(*arguments, 256, torch.float16, 227 * 1024, hopper=True)
+    usual = library_flops(*arguments, 256, torch.float16, 227 * 1024)
+    assert wide["forward"] != usual["forward"] and wide["backward_dq"] == usual["backward_dq"]
 
 
 def test_what_the_library_does_not_have_is_an_error() -> None:

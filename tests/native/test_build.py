@@ -114,6 +114,44 @@ def test_names_of_files_say_how_they_are_compiled(sources: Path, monkeypatch: py
     ptx = "arch=compute_80,code=compute_80"
     assert targets == ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", ptx]
     assert [flag for flag in commands["sm90_half.cu"] if flag.startswith("arch=")] == ["arch=compute_90a,code=sm_90a"]
+    assert "-DJMLR_SM90" in commands["torch_cuda.cpp"]
+    assert Path(commands["sm90_half.cu"][1]).name == "checked_ptxas.py"
+
+
+@pytest.mark.parametrize("archs", [["80"], ["80", "90"], ["80", "100a"]])
+def test_kernels_of_one_chip_are_left_out_where_it_is_not_asked_for(
+    archs: list[str], sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("torch_cuda.cpp", "sm80.cu", "sm90_half.cu"):
+        (sources / name).write_text("")
+    monkeypatch.setattr(build_library, "_cuda_home", lambda nvcc: Path("/cuda"))
+    found = build_library.Plan(torch=Path("/torch"), compiler="g++", nvcc="nvcc", cuda_version="13.0", archs=archs)
+    commands = {source.name: command for source, _, command in build_library.compile_steps(found, sources)}
+    assert set(commands) == {"torch_cuda.cpp", "sm80.cu"} and "-DJMLR_SM90" not in commands["torch_cuda.cpp"]
+
+
+_SERIALIZED = r"""
+__global__ void __launch_bounds__(128) serialized(float* out, unsigned long long a, unsigned long long b) {
+    float c[4] = {};
+    for (int i = 0; i < 4; ++i) {
+        asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "l"(a), "l"(b));
+        c[0] *= 2;  // touched while a product is under way
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+    out[threadIdx.x] = c[0] + c[1] + c[2] + c[3];
+}
+"""
+
+
+@pytest.mark.skipif(not build_library.plan({}).nvcc, reason="needs nvcc")
+def test_products_that_wait_for_each_other_are_an_error(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (sources / "sm90_serialized.cu").write_text(_SERIALIZED)
+    with pytest.raises(subprocess.CalledProcessError):
+        build_library.build(build_library.plan({"JMLR_CUDA_ARCHS": "90a"}), tmp_path / "_C.so", tmp_path / "scratch")
+    assert "serialized" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("ninja", [True, False])

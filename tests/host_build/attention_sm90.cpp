@@ -1,0 +1,1 @@
+#include "../../csrc/shifted_attention/sm90.cu"

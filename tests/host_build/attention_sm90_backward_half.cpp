@@ -1,0 +1,1 @@
+#include "../../csrc/shifted_attention/sm90_backward_half.cu"
