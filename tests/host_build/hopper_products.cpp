@@ -1,4 +1,6 @@
 // Products of warpgroups: descriptors as the PTX manual defines them, and accumulators that nobody may touch.
+#pragma GCC optimize("O3")  // loops over arrays of many numbers, in vectors
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
