@@ -64,8 +64,6 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
         "one ring for both warpgroups",
         "nobody has the first turn",
         "neighbours are equal",
-        "bits of other lanes",
-        "packed masks overlap",
     ),
     mutations_shifted_attention: (
         "no barrier before values are read",
