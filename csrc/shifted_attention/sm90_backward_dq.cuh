@@ -13,8 +13,6 @@ template <class Element, int kBlockD>
 struct BackwardDq {
     static constexpr BackwardTiles kTiles = backward_dq_tiles(kBlockD);
     static constexpr int kBlockM = kOwned * kTiles.warpgroups, kKeys = kTiles.streamed;
-    static_assert(kTiles.carry, "there are registers enough");
-
     using Params = BackwardMaps<Element>;
     using Memory =
         BackwardMemory<Element, panels_of(kBlockD), kTiles.warpgroups, kKeys, kTiles.stages, kTiles.buffers, 0>;
@@ -123,7 +121,7 @@ private:
         Scores scores, grad_weights;
         Weights<Element, kKeys / 8> weights;
         Statistics statistics;
-        int before = -1;  // the stage whose product with dS is under way
+        int begin = tile, before = -1;  // the stage whose product with dS is under way
         for (; tile < own_end; tile += kKeys) {
             auto keys = Memory::template streamed<0>(ring.stage), values = Memory::template streamed<1>(ring.stage);
             Memory::full(ring.stage).wait(ring.parity);
@@ -133,9 +131,13 @@ private:
             grads.multiply(grad_weights, values);
             tiles::close_products();
 
-            if (before < 0) statistics = statistics_of_rows(p, work, first, grads_tile);
-            tiles::wait_products<1>(scores, dq);
-            if (before >= 0) release(before);
+            if (tile == begin) statistics = statistics_of_rows(p, work, first, grads_tile);
+            if (kTiles.carry) {
+                tiles::wait_products<1>(scores, dq);
+                if (before >= 0) release(before);
+            } else {
+                tiles::wait_products<1>(scores);
+            }
             JMLR_UNROLL
             for (int n = 0; n < kKeys / 8; ++n) {
                 JMLR_UNROLL
@@ -155,11 +157,16 @@ private:
             tiles::open_products(dq);
             weights.multiply(dq, keys);
             tiles::close_products();
-            before = ring.stage;
+            if (kTiles.carry) {
+                before = ring.stage;
+            } else {
+                tiles::wait_products<0>(dq);
+                release(ring.stage);
+            }
             ring.advance();
         }
         tiles::wait_products<0>(dq);
-        release(before);
+        if (before >= 0) release(before);
         for (; tile < end; tile += kKeys) pass(ring);
     }
 

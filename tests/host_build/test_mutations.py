@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import mutations_attention_sm90
+import mutations_attention_sm90_backward
 import mutations_maxsim
 import mutations_maxsim_compressed
 import mutations_maxsim_sm90
@@ -64,6 +65,15 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
         "one ring for both warpgroups",
         "nobody has the first turn",
         "neighbours are equal",
+    ),
+    mutations_attention_sm90_backward: (
+        "a stage is filled before it is empty",
+        "products do not see what was cleared",
+        "dq: operands without a fence",
+        "dq: keys before the warpgroup's group",
+        "dk: lanes still read statistics",
+        "dk: a stage is kept while others are passed by",
+        "dk: another head's statistics",
     ),
     mutations_shifted_attention: (
         "no barrier before values are read",
