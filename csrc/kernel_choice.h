@@ -7,4 +7,7 @@ namespace jmlr {
 // this problem. Throws where they were asked for by name (jmlr_native::cuda_kernels, JMLR_CUDA_KERNELS) and cannot run.
 bool use_hopper(const char* operation, bool served);
 
+// Of the current device. Throws where it cannot be asked.
+int multiprocessors();
+
 }  // namespace jmlr

@@ -37,13 +37,18 @@ std::string cuda_kernels(std::string name) {
     return kNames[int(chosen().exchange(choice_of(name, "the choice of CUDA kernels")))];
 }
 
+int attribute(cudaDeviceAttr which, const char* what) {
+    int device = 0, value = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, device);
+    check(error == cudaSuccess, "the current device's ", what, ": ", cudaGetErrorString(error));
+    return value;
+}
+
 bool is_hopper() {
 #ifdef JMLR_SM90
-    int device = 0, major = 0, minor = 0;
-    bool known = cudaGetDevice(&device) == cudaSuccess &&
-                 cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                 cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
-    return known && major == 9 && minor == 0;
+    return attribute(cudaDevAttrComputeCapabilityMajor, "compute capability") == 9 &&
+           attribute(cudaDevAttrComputeCapabilityMinor, "compute capability") == 0;
 #else
     return false;
 #endif
@@ -65,6 +70,8 @@ bool use_hopper(const char* operation, bool served) {
     }
     return hopper && served;
 }
+
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, "multiprocessors"); }
 
 }  // namespace jmlr
 

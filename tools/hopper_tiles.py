@@ -5,7 +5,7 @@
 For each kernel it lists the tiles that fit a multiprocessor, the least predicted time first, and marks the choice of
 csrc/<family>/sm90_tiles.h. No GPU is needed, and nothing here is a measurement: `tools.tune_hopper` times the best of
 these on a GPU. What a multiprocessor does in a clock cycle is NVIDIA's documentation for compute capability 9.0; units
-are taken to overlap perfectly, so a predicted time is a bound from below. tests/tools/test_hopper_tiles.py holds the
+are taken to overlap perfectly, so a predicted time is a bound from below. tests/native/test_hopper_choices.py holds the
 choices to what fits here.
 """
 
@@ -35,6 +35,9 @@ PROCESSORS = 132
 MULTIPLY_ADDS = 2048
 FLOATS, LOGIC, EXPONENTIALS, ISSUED = 128, 64, 16, 128
 SHARED_BYTES = 128
+# What a step costs beside: waiting for a stage, filling and draining the tensor cores. A guess, the same for all tiles,
+# so that of equals the larger come first.
+STEP_CYCLES = 100
 L2_BYTES = 5.5e12 / PROCESSORS / CLOCK
 
 
@@ -63,12 +66,12 @@ class Estimate:
     @property
     def share(self) -> float:
         """Of the tensor cores' rate, if units overlap perfectly."""
-        return self.useful / max(self.cycles.values())
+        return self.useful / (max(self.cycles.values()) + STEP_CYCLES)
 
 
 def granted_registers(consumers: int) -> int:
     """Of a consumer's thread, beside a producer warpgroup: hopper.h's hand-over, as the kernels do it."""
-    return {1: 232, 2: 232, 3: 160}[consumers]
+    return {1: 240, 2: 240, 3: 160}[consumers]
 
 
 def _products(rows: int, columns: int, inner: int, a_in_registers: bool) -> tuple[float, float]:
@@ -78,7 +81,7 @@ def _products(rows: int, columns: int, inner: int, a_in_registers: bool) -> tupl
 
 
 # What each thread holds beside accumulators and operands: addresses, counters, barriers, maxima and sums of its rows.
-BOOKKEEPING = 40
+BOOKKEEPING = 32
 
 
 def attention_forward(dimension: int, tiles: dict[str, int]) -> Estimate:
@@ -130,7 +133,8 @@ def attention_backward_dq(dimension: int, tiles: dict[str, int]) -> Estimate:
     """A step: one tile of keys for all queries of a block."""
     groups, keys, stages = tiles["warpgroups"], tiles["streamed"], tiles["stages"]
     queries = groups * 64
-    scores, read_scores = _products(queries, keys, dimension, False)
+    own = bool(tiles["own_in_registers"])
+    scores, read_scores = _products(queries, keys, dimension, own)
     sums, read_sums = _products(queries, dimension, keys, True)
     elements = queries * keys
     incoming = 2 * keys * dimension * 2
@@ -142,7 +146,8 @@ def attention_backward_dq(dimension: int, tiles: dict[str, int]) -> Estimate:
         "issue": 5 * elements / ISSUED,
         "L2": incoming / L2_BYTES,
     }
-    registers = dimension // 2 + 2 * keys // 2 + keys // 4 + BOOKKEEPING
+    # dq, scores and gradients of weights, which become operands in place; the own rows of both products.
+    registers = dimension // 2 + 2 * keys // 2 + own * 2 * dimension // 4 + BOOKKEEPING
     shared = tiles["buffers"] * 2 * queries * dimension * 2 + stages * incoming + 1024
     # Scores and gradients of weights are computed a second time for the other kernel: useful is what one of them needs.
     return Estimate(registers, granted_registers(groups), shared, cycles, sums + scores)
@@ -152,7 +157,8 @@ def attention_backward_dkdv(dimension: int, tiles: dict[str, int]) -> Estimate:
     """A step: one tile of queries for all keys of a block."""
     groups, queries, stages = tiles["warpgroups"], tiles["streamed"], tiles["stages"]
     keys = groups * 64
-    scores, read_scores = _products(keys, queries, dimension, False)
+    own = bool(tiles["own_in_registers"])
+    scores, read_scores = _products(keys, queries, dimension, own)
     sums, read_sums = _products(keys, dimension, queries, True)
     elements = queries * keys
     incoming = 2 * queries * dimension * 2 + 2 * queries * 4
@@ -164,7 +170,9 @@ def attention_backward_dkdv(dimension: int, tiles: dict[str, int]) -> Estimate:
         "issue": 5.5 * elements / ISSUED,
         "L2": incoming / L2_BYTES,
     }
-    registers = 2 * dimension // 2 + 2 * queries // 2 + queries // 4 + BOOKKEEPING - 16
+    # dk and dv, both kinds of scores, and where a tile's last product runs on, its operand; the own rows.
+    registers = 2 * dimension // 2 + 2 * queries // 2 + tiles["carry"] * queries // 4 + own * 2 * dimension // 4
+    registers += BOOKKEEPING
     shared = tiles["buffers"] * 2 * keys * dimension * 2 + stages * incoming + 1024
     return Estimate(registers, granted_registers(groups), shared, cycles, 2 * sums + scores)
 
@@ -185,7 +193,14 @@ class Kernel:
             yield dict(zip(self.fields, values, strict=True))
 
 
-_BACKWARD = {"warpgroups": (2, 3), "streamed": (32, 48, 64, 80, 96, 128), "stages": (2, 3, 4, 6), "buffers": (1, 2)}
+_BACKWARD = {
+    "warpgroups": (2, 3),
+    "streamed": (32, 64, 96, 128),
+    "stages": (2, 3, 4, 6),
+    "buffers": (2, 1),
+    "carry": (1, 0),
+    "own_in_registers": (1, 0),
+}
 
 KERNELS: dict[str, Kernel] = {
     "attention-forward": Kernel(
@@ -221,12 +236,13 @@ KERNELS: dict[str, Kernel] = {
         {
             "groups": (2, 3),
             "row_tiles": (1, 2),
-            "in_turns": (0, 1),
-            "tokens": (64, 96, 128),
+            "in_turns": (0,),
+            "tokens": (64, 128),
             "box": (64,),
-            "step": (32,),
-            "stages": (3, 4, 6, 8),
-            "by_sums": (0, 1),
+            "step": (16,),
+            "stages": (4, 6, 8),
+            "ordered": (1, 0),
+            "by_sums": (1, 0),
         },
         maxsim_forward,
         "JMLR_TUNE_MAXSIM_FORWARD",

@@ -5,8 +5,7 @@
 // added afterwards, in the warps' order. No atomics. Derivation: docs/maxsim-backward.md.
 #pragma once
 
-#include "gather.cuh"
-#include "gradient_rule.cuh"
+#include "document_tile.cuh"
 #include "tile_sizes.h"
 
 namespace jmlr::maxsim {
@@ -74,38 +73,13 @@ struct DocumentGradient {
 
     static JMLR_DEVICE uint32_t lanes_before() { return (1u << tiles::lane()) - 1; }
 
-    // What a block works on.
-    struct Tile {
-        int64_t first_query;  // the first that meets the document
-        int64_t document;     // among the documents of a query
-        Text<Element> text;
-        int first_token;
-        int first_column;
-        int row_count;  // query tokens that meet the document
-    };
-
-    struct QueryToken {
-        int64_t query;
-        int token;
-    };
-
-    static JMLR_DEVICE QueryToken query_token(const Params& p, const Tile& tile, int row) {
-        int query = p.query_length.divide(row);
-        return {tile.first_query + query, row - query * p.query_length.divisor()};
-    }
+    using Tile = DocumentTile<Element>;
 
     // Whether a query token's winner lies in the tile; then the document token, counted from the tile's first.
     static JMLR_DEVICE bool wins_here(const Params& p, const Tile& tile, int row, int& token) {
         QueryToken q = query_token(p, tile, row);
-        int64_t pair = q.query * p.problem.documents_per_query + tile.document;
-        int winner = load_winner(p.in.winners, p.in.code.type, pair * p.problem.query_length + q.token);
-        token = winner - tile.first_token;
-        if (token < 0 || token >= kTokens) return false;
-        if (p.in.code.marked ? winner == p.in.code.none : !query_token_counts(p.problem, q.query, q.token))
-            return false;
-        if (p.in.rule.rule != Rule::tokens) return true;
-        // A maximum that the loss does not look at: its query token may hold anything.
-        return score_gradient(p.in.rule, p.problem, q.query, tile.document, q.token) != 0.0f;
+        token = load_winner(p.in.winners, p.in.code.type, winner_place(p, tile, q)) - tile.first_token;
+        return lies_in_tile(p, tile, q, token, kTokens);
     }
 
     // The warp's part of a scan: notes of the winners in the tile, in order. Returns how many.
@@ -213,11 +187,7 @@ struct DocumentGradient {
                 own_token = token_of(note);
                 QueryToken q = query_token(p, tile, scan_start + row_of(note));
                 place = q.query * problem.query_stride + q.token * problem.query_token_stride;
-                factor = score_gradient(p.in.rule, problem, q.query, tile.document, q.token);
-                if (problem.query_weights != nullptr) factor *= query_weight(problem, q.query, q.token);
-                if (p.in.query_scales != nullptr) {
-                    factor *= tiles::load(p.in.query_scales + q.query * problem.query_length + q.token);
-                }
+                factor = row_factor(p, q, score_gradient(p.in.rule, problem, q.query, tile.document, q.token));
             }
             uint32_t taken = tiles::ballot(inside);
             auto add = [&](int entry, const Slice<kPerLane>& row) {
@@ -279,16 +249,9 @@ struct DocumentGradient {
     }
 
     static JMLR_DEVICE void run(const Params& p) {
-        const Problem& problem = p.problem;
         int64_t task = tiles::block_index();
-        Tile tile;
-        tile.first_column = int(task % p.chunks) * kDimension;
         int64_t number = task / p.chunks / p.token_tiles;
-        tile.first_query = problem.candidates ? number / problem.documents_per_query : 0;
-        tile.document = number - tile.first_query * problem.documents_per_query;
-        tile.text = text_of<Element>(problem, tile.first_query, tile.document);
-        tile.row_count = int(problem.query_length * (problem.candidates ? 1 : problem.query_count));
-        if (p.kept_lengths != nullptr && tiles::load(p.kept_lengths + number) == 0) tile.row_count = 0;
+        Tile tile = tile_of_document<Element>(p, number, int(task % p.chunks) * kDimension);
 
         int64_t step = p.token_tiles * kTokens;
         for (int64_t from = task / p.chunks % p.token_tiles * kTokens; from < tile.text.length; from += step) {

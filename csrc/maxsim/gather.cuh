@@ -33,6 +33,52 @@ JMLR_DEVICE void for_each_row(const Element* base, int64_t place, uint32_t taken
     }
 }
 
+// The same where kLanes lanes share a row: 16 bytes each, so that a load of the warp takes several rows. Every group of
+// kLanes has its own entries, those that its lanes hold, and its own sum. All lanes call add(lane of the entry, whether
+// there is one, slice), with zeros in place of what is not taken, for all of kRows entries or for none.
+template <bool kWhole, int kPerLane, int kLanes, int kRows, class Element, class Add>
+JMLR_DEVICE void for_each_row_in_groups(const Element* base, int64_t place, uint32_t taken, int first, int columns,
+                                        Add add) {
+    using Neighbours = Word<kPerLane* int(sizeof(Element))>;
+    static_assert(kLanes % kRows == 0);
+    constexpr int kUnderWay = kWhole ? kRows : 1;  // rare: few registers instead
+    constexpr uint32_t kFirstLanes = 0xffffffffu / uint32_t((uint64_t(1) << kLanes) - 1);  // of every group
+    const int group = tiles::lane() / kLanes * kLanes;
+    JMLR_UNROLL_BY(1)
+    for (int start = 0; start < kLanes; start += kUnderWay) {
+        if ((taken & kFirstLanes * ((1u << kUnderWay) - 1) << start) == 0) continue;
+        const uint32_t own = taken >> group >> start;
+        Neighbours rows[kUnderWay];
+        Slice<kPerLane> slice{};
+        JMLR_UNROLL
+        for (int i = 0; i < kUnderWay; ++i) {
+            const Element* row = base + tiles::shuffle(place, group + start + i);
+            bool inside = (own & 1u << i) != 0 && first < columns;
+            if constexpr (!kWhole) {
+                if (inside) slice = load_slice<kPerLane>(row, first, columns, false);
+            } else {
+                if (inside) rows[i] = tiles::load(reinterpret_cast<const Neighbours*>(row + first));
+                else rows[i] = Neighbours{};
+            }
+        }
+        JMLR_UNROLL
+        for (int i = 0; i < kUnderWay; ++i) {
+            if constexpr (kWhole) slice = slice_of<kPerLane, Element>(rows[i]);
+            add(group + start + i, (own & 1u << i) != 0, slice);
+        }
+    }
+}
+
+// The groups' sums become one, the same in all.
+template <int kLanes, int kPerLane>
+JMLR_DEVICE void sum_groups(Slice<kPerLane>& sum) {
+    JMLR_UNROLL
+    for (int mask = kLanes; mask < tiles::kWarp; mask *= 2) {
+        JMLR_UNROLL
+        for (int i = 0; i < kPerLane; ++i) sum.value[i] += tiles::shuffle_xor(sum.value[i], mask);
+    }
+}
+
 template <int kPerLane>
 JMLR_DEVICE void add_scaled(Slice<kPerLane>& sum, float factor, const Slice<kPerLane>& row) {
     JMLR_UNROLL
@@ -44,8 +90,9 @@ constexpr float kFloorScale = 9.99e11f;
 
 // What a row of sums becomes: d(weight) is its product with the (normalised) row itself; d(row) passes the Jacobian of
 // u = x scale, which is (du - u <u, du>) scale, and takes the weight. A row of zeros stays zero whatever the rest
-// holds. `total(first)` gives the slice of sums at a column; `row` is not read unless weighted or normalised.
-template <class Element, class Out, int kPerLane>
+// holds. `total(first)` gives the slice of sums at a column; `row` is not read unless weighted or normalised. kLanes
+// lanes share a row; all lanes of the warp call, those without a row with no columns.
+template <class Element, class Out, int kPerLane, int kLanes = tiles::kWarp>
 struct RowEnd {
     const Element* row;
     bool whole;  // of row and out
@@ -58,7 +105,7 @@ struct RowEnd {
     JMLR_DEVICE void finish(int columns, Total total) const {
         float dot = 0.0f;
         if (weighted || normalized) {
-            for (int first = tiles::lane() * kPerLane; first < columns; first += tiles::kWarp * kPerLane) {
+            for (int first = tiles::lane() % kLanes * kPerLane; first < columns; first += kLanes * kPerLane) {
                 Slice<kPerLane> sum = total(first), unit = load_slice<kPerLane>(row, first, columns, whole);
                 JMLR_UNROLL
                 for (int i = 0; i < kPerLane; ++i) {
@@ -66,11 +113,11 @@ struct RowEnd {
                         dot += sum.value[i] * (normalized ? unit.value[i] * scale : unit.value[i]);
                 }
             }
-            dot = warp_sum(dot);
+            dot = warp_sum<kLanes>(dot);
         }
         if (grad_weight != nullptr && tiles::lane() == 0) tiles::store(grad_weight, dot);
         float along = scale >= kFloorScale ? 0.0f : dot;
-        for (int first = tiles::lane() * kPerLane; first < columns; first += tiles::kWarp * kPerLane) {
+        for (int first = tiles::lane() % kLanes * kPerLane; first < columns; first += kLanes * kPerLane) {
             Slice<kPerLane> sum = total(first);
             if (normalized) {
                 Slice<kPerLane> unit = load_slice<kPerLane>(row, first, columns, whole);

@@ -5,13 +5,19 @@
 
 namespace jmlr::maxsim {
 
+// d(loss)/d(maximum) of one query token, for Rule::tokens.
+JMLR_DEVICE float maximum_gradient(const RuleInput& rule, const Problem& p, int64_t query, int64_t document,
+                                   int64_t token) {
+    return tiles::load(rule.grad + (query * p.documents_per_query + document) * p.query_length + token);
+}
+
 // d(loss)/d(score) of a query and a document, or with Rule::tokens d(loss)/d(maximum) of one query token.
 JMLR_DEVICE float score_gradient(const RuleInput& rule, const Problem& p, int64_t query, int64_t document,
                                  int64_t token) {
     using tiles::load;
     int64_t pair = query * p.documents_per_query + document;
     if (rule.rule == Rule::scores) return load(rule.grad + pair);
-    if (rule.rule == Rule::tokens) return load(rule.grad + pair * p.query_length + token);
+    if (rule.rule == Rule::tokens) return maximum_gradient(rule, p, query, document, token);
     float up = load(rule.grad + query), score = load(rule.scores + pair);
     float top = load(rule.row + 2 * query), mass = load(rule.row + 2 * query + 1);
     if (rule.rule == Rule::margins) {

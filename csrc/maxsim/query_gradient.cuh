@@ -10,12 +10,13 @@
 
 namespace jmlr::maxsim {
 
-// kDimension: columns that a warp holds, see gradient_dimension.
-template <class Element, int kDimension>
+// kDimension: columns that a warp holds, see gradient_dimension. kLanes share a row; with fewer than a warp's, groups
+// of them share the documents, and their sums are added at the end. kAligned: slices are, and nobody asks.
+template <class Element, int kDimension, int kLanes = tiles::kWarp, int kRows = kRowsUnderWay, bool kAligned = false>
 struct QueryGradient {
     static constexpr int kThreads = kQueryGradientThreads;
     static constexpr int kMinBlocks = 3;
-    static constexpr int kPerLane = kDimension / tiles::kWarp;
+    static constexpr int kPerLane = kDimension / kLanes;
 
     struct Params {
         Problem problem;
@@ -31,13 +32,16 @@ struct QueryGradient {
     };
 
     static JMLR_DEVICE void run(const Params& p) {
+        run_warp(p, tiles::block_index() * (kThreads / tiles::kWarp) + tiles::warp());
+    }
+
+    static JMLR_DEVICE void run_warp(const Params& p, int64_t task) {
         const Problem& problem = p.problem;
         int64_t row_count = problem.query_count * problem.query_length;
-        int64_t task = tiles::block_index() * (kThreads / tiles::kWarp) + tiles::warp();
         int64_t row = task % row_count, chunk = task / row_count % p.chunks, split = task / row_count / p.chunks;
         if (split >= p.splits) return;
         int query = p.query_length.divide(int(row)), token = int(row) - query * p.query_length.divisor();
-        int first = int(chunk) * kDimension + tiles::lane() * kPerLane;
+        int first = int(chunk) * kDimension + tiles::lane() % kLanes * kPerLane;
         Slice<kPerLane> sum{};
         if (p.in.code.marked || query_token_counts(problem, query, token)) {
             int64_t from = split * p.documents_per_split;
@@ -46,29 +50,31 @@ struct QueryGradient {
                 add_documents(p, query, token, document, to, first, sum);
             }
         }
-        int columns = int(problem.dimension);
+        sum_groups<kLanes>(sum);
+        int columns = tiles::lane() < kLanes ? int(problem.dimension) : 0;
         if (p.parts != nullptr) {
-            store_slice(p.parts + (split * row_count + row) * columns, first, columns, p.whole_queries, sum);
+            store_slice(p.parts + (split * row_count + row) * problem.dimension, first, columns,
+                        kAligned || p.whole_queries, sum);
         } else if (p.grad_weights == nullptr && p.in.query_scales == nullptr) {
-            store_slice(p.grad_queries + row * columns, first, columns, p.whole_queries, sum);
+            store_slice(p.grad_queries + row * problem.dimension, first, columns, kAligned || p.whole_queries, sum);
         } else {
-            finish(p, query, token, row, sum);
+            finish(p, query, token, row, columns, sum);
         }
     }
 
-    static JMLR_DEVICE void finish(const Params& p, int64_t query, int64_t token, int64_t row,
+    static JMLR_DEVICE void finish(const Params& p, int64_t query, int64_t token, int64_t row, int columns,
                                    const Slice<kPerLane>& sum) {
         const Problem& problem = p.problem;
-        RowEnd<Element, Element, kPerLane> end{};
+        RowEnd<Element, Element, kPerLane, kLanes> end{};
         end.row = query_row<Element>(problem, query, token);
-        end.whole = p.whole_queries;
+        end.whole = kAligned || p.whole_queries;
         end.weighted = p.grad_weights != nullptr;
         end.normalized = p.in.query_scales != nullptr;
         if (end.weighted) end.weight = query_weight(problem, query, token);
         if (end.normalized) end.scale = tiles::load(p.in.query_scales + row);
         end.out = p.grad_queries + row * problem.dimension;
         end.grad_weight = end.weighted ? p.grad_weights + row : nullptr;
-        end.finish(int(problem.dimension), [&](int) { return sum; });
+        end.finish(columns, [&](int) { return sum; });
     }
 
     // Adds a warp's width of documents, from `document` on.
@@ -98,10 +104,22 @@ struct QueryGradient {
             }
         }
         uint32_t taken = tiles::ballot(won);
-        auto add = [&](int entry, const Slice<kPerLane>& row) { add_scaled(sum, tiles::shuffle(factor, entry), row); };
         const Element* base = static_cast<const Element*>(problem.documents);
-        if (p.whole) for_each_row<true, kPerLane>(base, place, taken, first, int(problem.dimension), add);
-        else for_each_row<false, kPerLane>(base, place, taken, first, int(problem.dimension), add);
+        int columns = int(problem.dimension);
+        if constexpr (kLanes == tiles::kWarp) {
+            auto add = [&](int entry, const Slice<kPerLane>& row) {
+                add_scaled(sum, tiles::shuffle(factor, entry), row);
+            };
+            if (kAligned || p.whole) for_each_row<true, kPerLane>(base, place, taken, first, columns, add);
+            else for_each_row<false, kPerLane>(base, place, taken, first, columns, add);
+        } else {
+            auto add = [&](int entry, bool, const Slice<kPerLane>& row) {
+                add_scaled(sum, tiles::shuffle(factor, entry), row);
+            };
+            if (kAligned || p.whole)
+                for_each_row_in_groups<true, kPerLane, kLanes, kRows>(base, place, taken, first, columns, add);
+            else for_each_row_in_groups<false, kPerLane, kLanes, kRows>(base, place, taken, first, columns, add);
+        }
     }
 };
 

@@ -120,27 +120,32 @@ struct alignas(kBytes) Word {
     uint32_t word[kBytes / 4];
 };
 
+// Neighbours side by side as they lie in memory.
+template <int kCount, class Element>
+JMLR_DEVICE Slice<kCount> slice_of(const Word<kCount* int(sizeof(Element))>& word) {
+    Slice<kCount> slice;
+    JMLR_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+        if constexpr (sizeof(Element) == 4) {
+            slice.value[i] = tiles::bit_cast<float>(word.word[i]);
+        } else {
+            slice.value[i] = tiles::to_float(Element{uint16_t(word.word[i / 2] >> i % 2 * 16)});
+        }
+    }
+    return slice;
+}
+
 // Columns `first` and on of a row of `columns`, zeros past its end. `whole`: `row + first` is aligned to the slice's
 // size.
 template <int kCount, class Element>
 JMLR_DEVICE Slice<kCount> load_slice(const Element* row, int first, int columns, bool whole) {
-    constexpr int kBytes = kCount * int(sizeof(Element));
+    using Neighbours = Word<kCount* int(sizeof(Element))>;
+    if (whole && first + kCount <= columns)
+        return slice_of<kCount, Element>(tiles::load(reinterpret_cast<const Neighbours*>(row + first)));
     Slice<kCount> slice;
-    if (whole && first + kCount <= columns) {
-        auto word = tiles::load(reinterpret_cast<const Word<kBytes>*>(row + first));
-        JMLR_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-            if constexpr (sizeof(Element) == 4) {
-                slice.value[i] = tiles::bit_cast<float>(word.word[i]);
-            } else {
-                slice.value[i] = tiles::to_float(Element{uint16_t(word.word[i / 2] >> i % 2 * 16)});
-            }
-        }
-    } else {
-        JMLR_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-            slice.value[i] = first + i < columns ? tiles::to_float(tiles::load(row + first + i)) : 0.0f;
-        }
+    JMLR_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+        slice.value[i] = first + i < columns ? tiles::to_float(tiles::load(row + first + i)) : 0.0f;
     }
     return slice;
 }
@@ -154,12 +159,16 @@ JMLR_DEVICE uint32_t word_of(const Slice<kCount>& slice, int i) {
 
 template <int kCount, class Element>
 JMLR_DEVICE void store_slice(Element* row, int first, int columns, bool whole, const Slice<kCount>& slice) {
-    constexpr int kBytes = kCount * int(sizeof(Element));
+    constexpr int kBytes = kCount * int(sizeof(Element)), kWordBytes = tiles::smaller(kBytes, 16);
     if (whole && first + kCount <= columns) {
-        Word<kBytes> word;
         JMLR_UNROLL
-        for (int i = 0; i < kBytes / 4; ++i) word.word[i] = word_of<Element>(slice, i);
-        tiles::store(reinterpret_cast<Word<kBytes>*>(row + first), word);
+        for (int part = 0; part < kBytes / kWordBytes; ++part) {
+            Word<kWordBytes> word;
+            JMLR_UNROLL
+            for (int i = 0; i < kWordBytes / 4; ++i)
+                word.word[i] = word_of<Element>(slice, part * (kWordBytes / 4) + i);
+            tiles::store(reinterpret_cast<Word<kWordBytes>*>(row + first) + part, word);
+        }
     } else {
         JMLR_UNROLL
         for (int i = 0; i < kCount; ++i) {
@@ -168,10 +177,11 @@ JMLR_DEVICE void store_slice(Element* row, int first, int columns, bool whole, c
     }
 }
 
-// A sum over the lanes of a warp, the same in every lane and in every run.
+// A sum over the lanes of a warp, or over each group of kLanes neighbours; the same in every lane and in every run.
+template <int kLanes = tiles::kWarp>
 JMLR_DEVICE float warp_sum(float x) {
     JMLR_UNROLL
-    for (int mask = 1; mask < tiles::kWarp; mask *= 2) x += tiles::shuffle_xor(x, mask);
+    for (int mask = 1; mask < kLanes; mask *= 2) x += tiles::shuffle_xor(x, mask);
     return x;
 }
 

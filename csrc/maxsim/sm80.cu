@@ -5,18 +5,6 @@
 
 namespace jmlr::maxsim::sm80 {
 
-int multiprocessors() {
-#if defined(__CUDACC__) && !defined(JMLR_HOST_BUILD)
-    int device = 0, count = 0;
-    tiles::check_cuda(cudaGetDevice(&device), "the current device");
-    tiles::check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-                      "a device's multiprocessors");
-    return count;
-#else
-    return 1;
-#endif
-}
-
 void find_kept_tokens(const Problem& p, int32_t* kept, int32_t* lengths, void* stream) {
     constexpr int kPerBlock = KeptTokens::kThreads / tiles::kWarp;
     tiles::launch<KeptTokens>({p, p.document_count(), kept, lengths}, divided_up(p.document_count(), kPerBlock),

@@ -1,7 +1,8 @@
 // MaxSim on CUDA devices of compute capability 8.0 and later: what the host calls. Nothing here knows of torch.
 //
 // Pointers are device memory of the current device; work is queued on `stream` (a cudaStream_t). Scratch memory is the
-// caller's: `*_scratch_bytes` says how much, 16-byte aligned, any contents. Errors are std::runtime_error.
+// caller's: `*_scratch_bytes` says how much, 16-byte aligned, any contents. `processors`, the device's multiprocessors,
+// shape how work is divided, never what is computed. Errors are std::runtime_error.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,6 @@
 #include "problem.h"
 
 namespace jmlr::maxsim::sm80 {
-
-// Multiprocessors of the current device; the number shapes how work is divided, never what is computed.
-int multiprocessors();
 
 int64_t forward_scratch_bytes(const Problem&, const ForwardOutput&, int processors);
 void forward(const Problem&, const ForwardOutput&, void* scratch, int processors, void* stream);

@@ -7,10 +7,9 @@
 
 namespace jmlr::maxsim::sm80 {
 
-template <class Element, int kDimension>
-void launch_query_gradient(const Problem& p, const BackwardInput& in, const BackwardOutput& out,
-                           const BackwardPlan& plan, const int32_t* kept_lengths, float* parts, void* stream) {
-    using Kernel = QueryGradient<Element, kDimension>;
+template <class Kernel, class Element>
+typename Kernel::Params query_gradient_params(const Problem& p, const BackwardInput& in, const BackwardOutput& out,
+                                              const BackwardPlan& plan, const int32_t* kept_lengths, float* parts) {
     constexpr int kBytes = Kernel::kPerLane * int(sizeof(Element));
     typename Kernel::Params params{};
     params.problem = p;
@@ -27,14 +26,22 @@ void launch_query_gradient(const Problem& p, const BackwardInput& in, const Back
     params.whole = fills && documents_aligned<Element>(p, kBytes);
     params.whole_queries =
         fills && queries_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_queries, {}, kBytes);
-    int64_t warps = p.query_count * p.query_length * plan.chunks * plan.splits;
+    return params;
+}
+
+// One for each query token, chunk of the embedding and part of the documents.
+inline int64_t query_gradient_warps(const Problem& p, const BackwardPlan& plan) {
+    return p.query_count * p.query_length * plan.chunks * plan.splits;
+}
+
+template <class Kernel>
+void launch_query_gradient(const typename Kernel::Params& params, int64_t warps, void* stream) {
     tiles::launch<Kernel>(params, divided_up(warps, Kernel::kThreads / tiles::kWarp), stream);
 }
 
-template <class Element, int kDimension>
-void launch_document_gradient(const Problem& p, const BackwardInput& in, const BackwardOutput& out,
-                              const BackwardPlan& plan, const int32_t* kept_lengths, float* wide, void* stream) {
-    using Kernel = DocumentGradient<Element, kDimension>;
+template <class Kernel, class Element>
+typename Kernel::Params document_gradient_params(const Problem& p, const BackwardInput& in, const BackwardOutput& out,
+                                                 const BackwardPlan& plan, const int32_t* kept_lengths, float* wide) {
     constexpr int kBytes = Kernel::kPerLane * int(sizeof(Element));
     typename Kernel::Params params{};
     params.problem = p;
@@ -49,7 +56,11 @@ void launch_document_gradient(const Problem& p, const BackwardInput& in, const B
     params.whole_queries = fills && queries_aligned<Element>(p, kBytes);
     params.whole =
         fills && documents_aligned<Element>(p, kBytes) && rows_aligned<Element>(out.grad_documents, {}, kBytes);
-    tiles::launch<Kernel>(params, p.document_count() * plan.token_tiles * plan.chunks, stream);
+    return params;
+}
+
+inline int64_t document_gradient_blocks(const Problem& p, const BackwardPlan& plan) {
+    return p.document_count() * plan.token_tiles * plan.chunks;
 }
 
 template <class Element>
@@ -69,31 +80,25 @@ void zero_gradients(const Problem& p, const BackwardOutput& out, void* stream) {
     if (out.grad_weights != nullptr) zero(out.grad_weights, rows, 4, stream);
 }
 
-template <class Element>
-void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
-                 void* stream) {
-    BackwardPlan plan = backward_plan(p, in, processors);
-    int64_t rows = p.query_count * p.query_length;
-    if (rows == 0 || p.documents_per_query == 0) return zero_gradients<Element>(p, out, stream);
+// All of the backward pass but the two kernels themselves, which `launch(kept_lengths, parts, wide)` starts.
+template <class Element, class Launch>
+void backward_around(const Problem& p, const BackwardInput& in, const BackwardOutput& out, const BackwardPlan& plan,
+                     void* scratch, void* stream, Launch launch) {
+    if (p.query_count * p.query_length == 0 || p.documents_per_query == 0)
+        return zero_gradients<Element>(p, out, stream);
     constexpr int kBytes = FinishRows<Element>::kPerLane * int(sizeof(Element));
     int dimension = int(p.dimension);
     int32_t* kept_lengths = scratch_array<int32_t>(scratch, plan.kept_lengths);
     float* parts = scratch_array<float>(scratch, plan.parts);
     float* wide = scratch_array<float>(scratch, plan.wide);
     if (kept_lengths != nullptr) find_kept_tokens(p, nullptr, kept_lengths, stream);
-
-    bool small = plan.dimension_block == 64;
-    if (small) launch_query_gradient<Element, 64>(p, in, out, plan, kept_lengths, parts, stream);
-    else launch_query_gradient<Element, 128>(p, in, out, plan, kept_lengths, parts, stream);
+    launch(kept_lengths, parts, wide);
     if (parts != nullptr) {
         finish_rows<Element>(
             {parts, plan.splits, query_tokens<Element>(p), dimension, false, p.query_weights, p.query_weights_stride,
              p.query_weights_token_stride, in.query_scales, static_cast<Element*>(out.grad_queries), out.grad_weights},
             queries_aligned<Element>(p, kBytes), stream);
     }
-
-    if (small) launch_document_gradient<Element, 64>(p, in, out, plan, kept_lengths, wide, stream);
-    else launch_document_gradient<Element, 128>(p, in, out, plan, kept_lengths, wide, stream);
     Element* grad_documents = static_cast<Element*>(out.grad_documents);
     if (p.packed() && wide != nullptr) zero_uncovered(p, wide, 4, stream);
     if (p.packed() && wide == nullptr) zero_uncovered(p, grad_documents, int(sizeof(Element)), stream);
@@ -102,6 +107,28 @@ void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput
                               grad_documents, nullptr},
                              documents_aligned<Element>(p, kBytes), stream);
     }
+}
+
+template <class Element, int kDimension>
+void launch_gradients(const Problem& p, const BackwardInput& in, const BackwardOutput& out, const BackwardPlan& plan,
+                      const int32_t* kept_lengths, float* parts, float* wide, void* stream) {
+    using Queries = QueryGradient<Element, kDimension>;
+    using Documents = DocumentGradient<Element, kDimension>;
+    launch_query_gradient<Queries>(query_gradient_params<Queries, Element>(p, in, out, plan, kept_lengths, parts),
+                                   query_gradient_warps(p, plan), stream);
+    tiles::launch<Documents>(document_gradient_params<Documents, Element>(p, in, out, plan, kept_lengths, wide),
+                             document_gradient_blocks(p, plan), stream);
+}
+
+template <class Element>
+void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
+                 void* stream) {
+    BackwardPlan plan = backward_plan(p, in, processors);
+    backward_around<Element>(
+        p, in, out, plan, scratch, stream, [&](const int32_t* kept_lengths, float* parts, float* wide) {
+            auto launch = plan.dimension_block == 64 ? &launch_gradients<Element, 64> : &launch_gradients<Element, 128>;
+            launch(p, in, out, plan, kept_lengths, parts, wide, stream);
+        });
 }
 
 }  // namespace jmlr::maxsim::sm80

@@ -244,7 +244,9 @@ struct Forward {
             take_columns<kColumns>(rows, at, note);
         }
 
+        // All lanes have read the note.
         JMLR_DEVICE void release(int at) const {
+            tiles::sync_warp();
             if (tiles::lane() == 0) empty(at).arrive();
         }
 

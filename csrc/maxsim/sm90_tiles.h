@@ -33,9 +33,12 @@ struct ForwardTiles {
 // to the documents. With two row tiles a warpgroup takes the maxima of one while the tensor cores work on the other.
 // A longer embedding leaves registers for one; and where few rows share a document its bytes are the limit.
 constexpr ForwardTiles forward_tiles(int dimension, Sharing sharing) {
+    if (sharing == Sharing::many) {
 #ifdef JMLR_TUNE_MAXSIM_FORWARD
-    return {JMLR_TUNE_MAXSIM_FORWARD};
+        if (dimension == JMLR_TUNE_DIMENSION) return {JMLR_TUNE_MAXSIM_FORWARD};
 #endif
+#include "sm90_tuned_forward.inc"
+    }
     int row_tiles = sharing == Sharing::few || dimension == 256 ? 1 : 2;
     int stages = dimension == 64 ? 8 : dimension == 128 ? 6 : 3;
     if (sharing == Sharing::many) return {2, row_tiles, false, 128, 64, 16, stages, true, true};

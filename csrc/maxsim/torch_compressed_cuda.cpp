@@ -1,6 +1,7 @@
 // jmlr_native::maxsim_quantized_forward and maxsim_residual_forward on CUDA tensors: on their device, on its current
 // stream.
 
+#include "../kernel_choice.h"
 #include "sm80.h"
 #include "sm80_compressed.h"
 #include "torch_compressed_problem.h"
@@ -13,7 +14,7 @@ Tensor maxsim_quantized_forward(Tensor queries, Tensor values, Tensor scales, Op
                                 bool candidates) {
     const OnDeviceOf device(queries);
     const auto run = [&queries](const Problem& p, const QuantizedDocuments& documents, float* scores) {
-        const int processors = sm80::multiprocessors();
+        const int processors = multiprocessors();
         Tensor scratch = scratch_memory(queries, sm80::compressed_scratch_bytes(p, processors));
         sm80::quantized_forward(p, documents, scores, scratch.mutable_data_ptr(), processors,
                                 current_cuda_stream(queries));
@@ -27,7 +28,7 @@ Tensor maxsim_residual_forward(Tensor queries, Tensor codes, Tensor residuals, T
                                OptionalTensor cu_seqlens, bool normalize, bool candidates) {
     const OnDeviceOf device(queries);
     const auto run = [&queries](const Problem& p, const ResidualDocuments& documents, float* scores) {
-        const int processors = sm80::multiprocessors();
+        const int processors = multiprocessors();
         Tensor scratch = scratch_memory(queries, sm80::compressed_scratch_bytes(p, processors));
         sm80::residual_forward(p, documents, scores, scratch.mutable_data_ptr(), processors,
                                current_cuda_stream(queries));

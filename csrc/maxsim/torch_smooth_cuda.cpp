@@ -1,6 +1,7 @@
 // jmlr_native::maxsim_smooth_forward and maxsim_smooth_backward on CUDA tensors: on their device, on its current
 // stream.
 
+#include "../kernel_choice.h"
 #include "smooth_sm80.h"
 #include "torch_smooth_problem.h"
 
@@ -13,7 +14,7 @@ std::tuple<Tensor, Tensor> maxsim_smooth_forward(Tensor queries, Tensor document
                                                  bool need_maxima) {
     const OnDeviceOf device(queries);
     const auto run = [&queries](const Problem& p, const SmoothForwardOutput& out) {
-        const int processors = sm80::multiprocessors();
+        const int processors = multiprocessors();
         Tensor scratch = scratch_memory(queries, sm80::smooth_forward_scratch_bytes(p, processors));
         sm80::smooth_forward(p, out, scratch.mutable_data_ptr(), processors, current_cuda_stream(queries));
     };
@@ -27,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> maxsim_smooth_backward(Tensor grad_scores, Te
                                                           bool candidates, double temperature) {
     const OnDeviceOf device(queries);
     const auto run = [&queries](const Problem& p, const SmoothBackwardInput& in, const SmoothBackwardOutput& out) {
-        const int processors = sm80::multiprocessors();
+        const int processors = multiprocessors();
         Tensor scratch = scratch_memory(queries, sm80::smooth_backward_scratch_bytes(p, processors));
         sm80::smooth_backward(p, in, out, scratch.mutable_data_ptr(), processors, current_cuda_stream(queries));
     };

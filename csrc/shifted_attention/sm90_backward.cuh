@@ -4,24 +4,15 @@
 #pragma once
 
 #include "backward.cuh"
-#include "sm90_rows.h"
 #include "sm90_tiles.h"
+#include "sm90_warpgroup.h"
 
 namespace jmlr::shifted_attention::sm90 {
 
-using tiles::Barrier;
-using tiles::Major;
-using tiles::Panels;
 using tiles::Ring;
 
-// Rows of a warpgroup, which are those of its products.
-constexpr int kOwned = 64;
-
-// Of the accumulators of a warpgroup.
-JMLR_DEVICE int own_row(int i) { return tiles::warp() % tiles::kWarpgroupWarps * 16 + tiles::accumulator_row(i); }
-
-// `q` and `grad_out` have boxes of the queries that a kernel takes at a time, `k` and `v` of its keys, dq, dk and dv of
-// a warpgroup's rows.
+// The arguments of a kernel. `q` and `grad_out` have boxes of the queries that it takes at a time, `k` and `v` of its
+// keys, dq, dk and dv of a warpgroup's rows.
 template <class Element>
 struct BackwardMaps {
     TensorMap grad_out, q, k, v, dq, dk, dv;
@@ -86,7 +77,7 @@ struct BackwardMemory {
 template <class Memory>
 class Producer {
 public:
-    // Tells the consumers what comes next, and brings the rows that they own. `maps` are those of the two tiles.
+    // Tells the consumers what comes next, and brings the two tiles of rows that they own.
     JMLR_DEVICE void bring_own(const TensorMap& first, const TensorMap& second, const Work& work) {
         JMLR_UNROLL
         for (int w = 0; w < Memory::kWarpgroups; ++w) {
@@ -140,11 +131,6 @@ private:
     int landed_ = 0;
 };
 
-// A descriptor of what lies so many bytes further on: one addition, since addresses have no carry.
-JMLR_DEVICE uint64_t moved(uint64_t matrix, int bytes) {
-    return (matrix & 0xffffffff00000000u) | uint32_t(uint32_t(matrix) + uint32_t(bytes / 16));
-}
-
 // The rows of a warpgroup as the operand a of products over kDepth columns: in shared memory, or in registers, which
 // halves what a product reads from there.
 template <class Tile, int kDepth, bool kInRegisters>
@@ -168,18 +154,14 @@ public:
     // c = a b^T.
     template <class Other, int kColumns>
     JMLR_DEVICE void multiply(float (&c)[kColumns][4], const Other& b) const {
-        static_assert(Tile::kRows == kOwned && Other::kRows == 8 * kColumns && kDepth <= Tile::kColumns);
-        uint64_t left = tiles::inner_matrix(tile_, 0, 0), right = tiles::inner_matrix(b, 0, 0);
-        JMLR_UNROLL
-        for (int k = 0; k < kDepth; k += 16) {
-            int panel = k / Tile::kPanelColumns, bytes = k % Tile::kPanelColumns * 2;
-            uint64_t matrix = moved(right, panel * Other::kPanelBytes + bytes);
-            if constexpr (kInRegisters) {
-                tiles::multiply_async<Element, Major::inner>(c, r_[k / 16], matrix, k > 0);
-            } else {
-                tiles::multiply_async<Element, Major::inner, Major::inner>(
-                    c, moved(left, panel * Tile::kPanelBytes + bytes), matrix, k > 0);
-            }
+        if constexpr (kInRegisters) {
+            static_assert(Other::kRows == 8 * kColumns && kDepth <= Other::kColumns);
+            uint64_t matrix = tiles::inner_matrix(b, 0, 0);
+            JMLR_UNROLL
+            for (int k = 0; k < kDepth; k += 16)
+                tiles::multiply_async<Element, Major::inner>(c, r_[k / 16], moved<Other>(matrix, k), k > 0);
+        } else {
+            multiply_rows<kDepth>(c, tile_, b);
         }
     }
 
@@ -188,79 +170,11 @@ private:
     uint32_t r_[kInRegisters ? kDepth / 16 : 1][4];
 };
 
-// Accumulators as the operand a of the next product.
-template <class Element, int kColumns>
-struct Weights {
-    uint32_t r[kColumns / 2][4];
-
-    JMLR_DEVICE void take(const float (&c)[kColumns][4]) {
-        JMLR_UNROLL
-        for (int k = 0; k < kColumns / 2; ++k) {
-            auto a = tiles::Fragments<Element>::from_accumulators(&c[2 * k]);
-            JMLR_UNROLL
-            for (int i = 0; i < 4; ++i) r[k][i] = a.r[i];
-        }
-    }
-
-    // sums += weights rows, with the rows of a tile.
-    template <class Tile, int kSums>
-    JMLR_DEVICE void multiply(float (&sums)[kSums][4], const Tile& rows) const {
-        static_assert(Tile::kRows == 8 * kColumns && 8 * kSums <= Tile::kColumns);
-        JMLR_UNROLL
-        for (int k = 0; k < kColumns / 2; ++k) {
-            tiles::multiply_async<Element, Major::outer>(sums, r[k], tiles::outer_matrix(rows, 16 * k, 0), true);
-        }
-    }
-};
-
-// Calls `body(pointer, row, column)` for every chunk of the owned rows among kOwned from `first` on.
-template <class Tile, class Element, class Body>
-JMLR_DEVICE void each_owned_chunk(const Rows<Element>& rows, const Document& document, int head, int first,
-                                  int head_dim, Body body) {
-    constexpr int kPerChunk = Tile::Panel::kPerChunk, kChunks = Tile::kColumns / kPerChunk;
-    Element* base = rows.data + document.batch * rows.batch_stride +
-                    int64_t(document.first + first) * rows.token_stride + head * rows.head_stride;
-    int count = smaller(document.owned - first, kOwned);
-    JMLR_UNROLL_BY(1)
-    for (int i = tiles::thread_index() % tiles::kWarpgroup; i < count * kChunks; i += tiles::kWarpgroup) {
-        int row = i / kChunks, column = i % kChunks * kPerChunk;
-        if (column < head_dim) body(base + row * rows.token_stride + column, row, column);
-    }
-}
-
 // The gradients of padding.
 template <class Tile, class Element>
 JMLR_DEVICE void store_zeros(const Rows<Element>& rows, const Document& document, int head, int first, int head_dim) {
     each_owned_chunk<Tile>(rows, document, head, first, head_dim, [](Element* to, int, int) {
         tiles::store(reinterpret_cast<tiles::Chunk*>(to), tiles::Chunk{});
-    });
-}
-
-// The sums of a warpgroup, of which the document owns the rows from position `first` on, by way of `staged`, which
-// nobody else needs any more. The warpgroup's first thread has wait_stores() to call. `id` is the warpgroup's barrier.
-template <class Tile, class Element, int kSums>
-JMLR_DEVICE void store_sums(const float (&sums)[kSums][4], const Tile& staged, const TensorMap& map,
-                            const Rows<Element>& rows, const Layout& layout, const Document& document, int head,
-                            int first, int head_dim, int id) {
-    JMLR_UNROLL
-    for (int n = 0; n < kSums; ++n) {
-        JMLR_UNROLL
-        for (int i = 0; i < 4; i += 2) {
-            staged.panel(n / 8).write_pair(own_row(i), n % 8 * 8 + tiles::accumulator_column(i), sums[n][i],
-                                           sums[n][i + 1]);
-        }
-    }
-    tiles::fence_async();
-    tiles::sync_threads_of(id, tiles::kWarpgroup);
-    if (first + kOwned <= document.owned || document.first + document.owned == layout.rows) {
-        if (tiles::thread_index() % tiles::kWarpgroup == 0) {
-            store_rows(map, staged, document, head, first);
-            tiles::commit_stores();
-        }
-        return;
-    }
-    each_owned_chunk<Tile>(rows, document, head, first, head_dim, [&](Element* to, int row, int column) {
-        tiles::store(reinterpret_cast<tiles::Chunk*>(to), staged.at(row, column).template as<tiles::Chunk>().read());
     });
 }
 

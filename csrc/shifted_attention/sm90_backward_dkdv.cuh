@@ -87,7 +87,7 @@ private:
                 producer.template bring<2>(p.q, p.grad_out, layout, work.document, walk.head, walk.tile);
             }
         });
-        producer.bring_own(p.k, p.v, Work{-1, {0, 0, 0, 0}, 0});  // there is no more
+        producer.bring_own(p.k, p.v, no_work());
     }
 
     static JMLR_DEVICE void bring_statistics(const Params& p) {
@@ -129,7 +129,7 @@ private:
             if (work.head < 0) return;
             work_on(p, work, work.tile + warpgroup * kOwned, slot, 1 + warpgroup, ring);
             tiles::sync_threads_of(1 + warpgroup, tiles::kWarpgroup);
-            if (tiles::thread_index() % tiles::kWarpgroup == 0) {
+            if (is_first_of_warpgroup()) {
                 tiles::wait_stores<0>();
                 Memory::own_empty(slot).arrive();
             }
@@ -157,13 +157,12 @@ private:
             }
         }
         tiles::sync_threads_of(id, tiles::kWarpgroup);  // nobody needs the keys and values
-        store_sums(dk, Memory::template own<0>(slot), p.dk, p.plain.dk, p.plain.layout, document, work.head, first,
-                   head_dim, id);
-        store_sums(dv, Memory::template own<1>(slot), p.dv, p.plain.dv, p.plain.layout, document, work.head, first,
-                   head_dim, id);
+        store_sums(dk, Memory::template own<0>(slot), p.dk, p.plain.dk, document, work.head, first, head_dim, id);
+        store_sums(dv, Memory::template own<1>(slot), p.dv, p.plain.dv, document, work.head, first, head_dim, id);
     }
 
     static JMLR_DEVICE void release(int stage) {
+        tiles::sync_warp();  // all lanes have read the statistics
         if (tiles::lane() == 0) Memory::empty(stage).arrive();
     }
     static JMLR_DEVICE void pass(StageRing& ring) {

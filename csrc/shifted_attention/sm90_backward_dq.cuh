@@ -13,6 +13,8 @@ template <class Element, int kBlockD>
 struct BackwardDq {
     static constexpr BackwardTiles kTiles = backward_dq_tiles(kBlockD);
     static constexpr int kBlockM = kOwned * kTiles.warpgroups, kKeys = kTiles.streamed;
+    static_assert(kTiles.carry, "there are registers enough");
+
     using Params = BackwardMaps<Element>;
     using Memory =
         BackwardMemory<Element, panels_of(kBlockD), kTiles.warpgroups, kKeys, kTiles.stages, kTiles.buffers, 0>;
@@ -49,7 +51,7 @@ private:
                 producer.template bring<1>(p.k, p.v, layout, document, work.head / layout.ratio, tile);
             }
         }
-        producer.bring_own(p.q, p.grad_out, Work{-1, {0, 0, 0, 0}, 0});  // there is no more
+        producer.bring_own(p.q, p.grad_out, no_work());
     }
 
     static JMLR_DEVICE void consume(const Params& p, int warpgroup) {
@@ -62,7 +64,7 @@ private:
             int first = work.tile + warpgroup * kOwned;
             work_on(p, work, first, slot, 1 + warpgroup, ring);
             tiles::sync_threads_of(1 + warpgroup, tiles::kWarpgroup);
-            if (tiles::thread_index() % tiles::kWarpgroup == 0) {
+            if (is_first_of_warpgroup()) {
                 tiles::wait_stores<0>();
                 Memory::own_empty(slot).arrive();
             }
@@ -86,8 +88,8 @@ private:
             for (int n = 0; n < kBlockD / 8; ++n) dq[n][i] = inside ? dq[n][i] * p.plain.scale : 0;
         }
         tiles::sync_threads_of(id, tiles::kWarpgroup);  // nobody needs the queries
-        store_sums(dq, Memory::template own<0>(slot), p.dq, p.plain.dq, p.plain.layout, document, work.head, first,
-                   p.plain.head_dim, id);
+        store_sums(dq, Memory::template own<0>(slot), p.dq, p.plain.dq, document, work.head, first, p.plain.head_dim,
+                   id);
     }
 
     static JMLR_DEVICE void pass(StageRing& ring) {
@@ -121,7 +123,7 @@ private:
         Scores scores, grad_weights;
         Weights<Element, kKeys / 8> weights;
         Statistics statistics;
-        int before = -1;
+        int before = -1;  // the stage whose product with dS is under way
         for (; tile < own_end; tile += kKeys) {
             auto keys = Memory::template streamed<0>(ring.stage), values = Memory::template streamed<1>(ring.stage);
             Memory::full(ring.stage).wait(ring.parity);

@@ -23,20 +23,20 @@ struct ForwardTiles {
     int keys;         // of a tile
     int stages;       // of the rings of k and v
     bool take_turns;  // warpgroups give the tensor cores their work one after the other
-    bool pair_heads;  // blocks work in pairs on two heads of a kv head, and share its keys and values
     bool own_output;  // the output is staged in memory of its own, so that the next queries come while it is written
+    bool pair_heads = true;  // blocks work in pairs on two heads of a kv head, and share its keys and values
 };
 
 // Chosen by arithmetic (docs/hopper.md), not yet timed: 128 queries divide the usual groups, and 128 keys let products
 // read less shared memory than they may.
-constexpr ForwardTiles forward_tiles(int block_d) {
+constexpr ForwardTiles forward_tiles(int dimension) {
 #ifdef JMLR_TUNE_ATTENTION_FORWARD
-    return {JMLR_TUNE_ATTENTION_FORWARD};
-#else
-    if (block_d <= 64) return {2, 128, 3, true, true, true};
-    if (block_d <= 128) return {2, 128, 2, true, true, true};
-    return {2, 64, 2, false, true, false};
+    if (dimension == JMLR_TUNE_DIMENSION) return {JMLR_TUNE_ATTENTION_FORWARD};
 #endif
+#include "sm90_tuned_forward.inc"
+    if (dimension <= 64) return {2, 128, 3, true, true};
+    if (dimension <= 128) return {2, 128, 2, true, true};
+    return {2, 64, 2, false, false};
 }
 
 struct BackwardTiles {
@@ -57,20 +57,20 @@ constexpr int backward_registers(int warpgroups) { return warpgroups == 2 ? 240 
 
 // Chosen by arithmetic (docs/hopper.md), not yet timed. Stages of 64 rows fit the ends of groups and the diagonal, and
 // leave memory for two buffers.
-constexpr BackwardTiles backward_dq_tiles(int block_d) {
+constexpr BackwardTiles backward_dq_tiles(int dimension) {
 #ifdef JMLR_TUNE_ATTENTION_BACKWARD_DQ
-    return {JMLR_TUNE_ATTENTION_BACKWARD_DQ};
-#else
-    return block_d <= 64 ? BackwardTiles{2, 64, 6, 2, true, true} : BackwardTiles{2, 64, 3, 2, true, true};
+    if (dimension == JMLR_TUNE_DIMENSION) return {JMLR_TUNE_ATTENTION_BACKWARD_DQ};
 #endif
+#include "sm90_tuned_backward_dq.inc"
+    return dimension <= 64 ? BackwardTiles{2, 64, 6, 2, true, true} : BackwardTiles{2, 64, 3, 2, true, true};
 }
 
-constexpr BackwardTiles backward_dkdv_tiles(int block_d) {
+constexpr BackwardTiles backward_dkdv_tiles(int dimension) {
 #ifdef JMLR_TUNE_ATTENTION_BACKWARD_DKDV
-    return {JMLR_TUNE_ATTENTION_BACKWARD_DKDV};
-#else
-    return block_d <= 64 ? BackwardTiles{2, 64, 6, 2, true, true} : BackwardTiles{2, 64, 3, 2, false, false};
+    if (dimension == JMLR_TUNE_DIMENSION) return {JMLR_TUNE_ATTENTION_BACKWARD_DKDV};
 #endif
+#include "sm90_tuned_backward_dkdv.inc"
+    return dimension <= 64 ? BackwardTiles{2, 64, 6, 2, true, true} : BackwardTiles{2, 64, 3, 2, false, false};
 }
 
 }  // namespace jmlr::shifted_attention::sm90

@@ -19,14 +19,22 @@ JMLR_DEVICE int own_row(int i) { return tiles::warp() % tiles::kWarpgroupWarps *
 
 JMLR_DEVICE bool is_first_of_warpgroup() { return tiles::thread_index() % tiles::kWarpgroup == 0; }
 
+// The descriptor of a tile's columns from k on: one addition to that of its first, since addresses have no carry.
+template <class Tile>
+JMLR_DEVICE uint64_t moved(uint64_t first, int k) {
+    uint32_t bytes = k / Tile::kPanelColumns * Tile::kPanelBytes + k % Tile::kPanelColumns * 2;
+    return (first & 0xffffffff00000000u) | uint32_t(uint32_t(first) + bytes / 16);
+}
+
 // a b^T, summed over the first kDepth columns of both tiles; b may have more rows than c has columns.
 template <int kDepth, class Tile, class Other, int kColumns>
 JMLR_DEVICE void multiply_rows(float (&c)[kColumns][4], const Tile& a, const Other& b) {
     static_assert(Tile::kRows == kOwned && Other::kRows >= 8 * kColumns && kDepth <= Tile::kColumns);
+    uint64_t left = tiles::inner_matrix(a, 0, 0), right = tiles::inner_matrix(b, 0, 0);
     JMLR_UNROLL
     for (int k = 0; k < kDepth; k += 16) {
-        tiles::multiply_async<typename Tile::Element, Major::inner, Major::inner>(c, tiles::inner_matrix(a, 0, k),
-                                                                                  tiles::inner_matrix(b, 0, k), k > 0);
+        tiles::multiply_async<typename Tile::Element, Major::inner, Major::inner>(c, moved<Tile>(left, k),
+                                                                                  moved<Other>(right, k), k > 0);
     }
 }
 

@@ -100,7 +100,9 @@ std::vector<int64_t> statistics_shape(const Problem& problem, bool packed) {
 
 void run(const ForwardProblem& problem, void* stream) {
 #ifdef JMLR_SM90
-    if (use_hopper("shifted_sparse_attention", sm90::serves(problem))) return sm90::forward(problem, stream);
+    if (use_hopper("shifted_sparse_attention", sm90::serves(problem))) {
+        return sm90::forward(problem, multiprocessors(), stream);
+    }
 #else
     use_hopper("shifted_sparse_attention", false);
 #endif
@@ -109,7 +111,9 @@ void run(const ForwardProblem& problem, void* stream) {
 
 void run(const BackwardProblem& problem, void* stream) {
 #ifdef JMLR_SM90
-    if (use_hopper("shifted_sparse_attention", sm90::serves(problem))) return sm90::backward(problem, stream);
+    if (use_hopper("shifted_sparse_attention", sm90::serves(problem))) {
+        return sm90::backward(problem, multiprocessors(), stream);
+    }
 #else
     use_hopper("shifted_sparse_attention", false);
 #endif

@@ -21,6 +21,8 @@ seed = 0
 processors = 2
 # Another build of the kernels than load() gives, for seeded bugs.
 kernels: ModuleType | None = None
+# The kernels of the backward pass, by their name in the module.
+backward_kernels = "maxsim_backward"
 
 
 def poisoned(shape, dtype):
@@ -100,7 +102,8 @@ def backward(
         "grad_documents": grads[1],
         "grad_weights": None if query_weights is None else grad_weights,
     }
-    (kernels or load()).maxsim_backward(arguments, given, outputs, code.none, code.marked, processors, seed)
+    run = getattr(kernels or load(), backward_kernels)
+    run(arguments, given, outputs, code.none, code.marked, processors, seed)
     return *grads, grad_weights.to(queries.dtype if query_weights is None else query_weights.dtype)
 
 
@@ -116,17 +119,18 @@ _IMPLEMENTATIONS = {"maxsim_forward": forward, "maxsim_backward": backward, "max
 
 
 @contextmanager
-def in_place_of_triton(monkeypatch, implementations=_IMPLEMENTATIONS):
+def in_place_of_triton(monkeypatch, implementations=_IMPLEMENTATIONS, kilobytes=99):
     """Within it, ``backend="triton"`` of MaxSim's public functions runs the emulated CUDA kernels, bfloat16 too.
 
-    The GPU has the least shared memory that one may have: MaxSim's tiles are the same everywhere."""
+    The GPU has the least shared memory that one may have: but for those of compute capability 9.0 alone, MaxSim's tiles
+    are the same everywhere."""
     original, original_why = ops._implementation, ops._why_not
 
     def replaced(name: str, backend: str) -> Any:  # in front of the cache, which outlives this
         own = implementations.get(name) if backend == "triton" else None
         return own or original(name, backend)
 
-    with monkeypatch.context() as patch, device(kernels or load(), kilobytes=99):
+    with monkeypatch.context() as patch, device(kernels or load(), kilobytes=kilobytes):
         patch.setattr(ops, "_implementation", replaced)
         patch.setattr(
             ops, "_why_not", lambda backend, *rest: None if backend == "triton" else original_why(backend, *rest)

@@ -26,9 +26,9 @@ def test_corners(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [96, 128])
 @pytest.mark.parametrize("name", LONG)
-def test_long_layouts_of_every_width(name: str, dim: int) -> None:
+def test_long_layouts_of_wide_heads(name: str, dim: int) -> None:
     layout(name, torch.float16, dim)
 
 

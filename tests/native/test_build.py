@@ -263,5 +263,5 @@ def test_setup_is_short_and_the_hub_file_names_every_source() -> None:
     tomllib = pytest.importorskip("tomllib")
     listed = tomllib.loads((ROOT / "build.toml").read_text())
     named = {name for kernel in (*listed["kernel"].values(), listed["torch"]) for name in kernel["src"]}
-    there = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[chu]*")} - {"csrc/portable.cpp"}
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[chiu]*")} - {"csrc/portable.cpp"}
     assert named == there

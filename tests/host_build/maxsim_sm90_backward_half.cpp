@@ -1,0 +1,1 @@
+#include "../../csrc/maxsim/sm90_backward_half.cu"
