@@ -13,13 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from host_module import HERE
-from mutate import first_failure, read_mutations, try_all
+from mutate import EMULATOR, first_failure, read_mutations, try_all
 
 DTYPE = torch.float16
-SOURCES = ["device.cpp", "emulator.cpp", *sorted(path.name for path in HERE.glob("hopper_*.cpp")), "happens_before.cpp"]
-SOURCES.remove("hopper_module.cpp")
-SOURCES += [f"attention_sm90{name}.cpp" for name in ("", "_backward_module", "_backward_half")]
+SOURCES = [*EMULATOR, *(f"attention_sm90{name}.cpp" for name in ("", "_backward_module", "_backward_half"))]
 # The module's entry, and the element type that is left out.
 EXTRA = {
     "only_attention_sm90_backward.cpp": """
