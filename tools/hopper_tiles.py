@@ -92,6 +92,7 @@ def attention_forward(dimension: int, tiles: dict[str, int]) -> Estimate:
     values, read_values = _products(queries, dimension, keys, True)
     elements = queries * keys
     incoming = 2 * keys * dimension * 2
+    from_cache = incoming / 2 if tiles["pair_heads"] else incoming  # where query heads share a kv head
     cycles = {
         "products": scores + values,
         "shared": (read_scores + read_values + incoming) / SHARED_BYTES,
@@ -99,7 +100,7 @@ def attention_forward(dimension: int, tiles: dict[str, int]) -> Estimate:
         "logic": elements / LOGIC,  # the maximum
         "floats": 2 * elements / FLOATS,  # scale and subtract, sum
         "issue": 4.5 * elements / ISSUED,  # and half a conversion
-        "L2": incoming / L2_BYTES,
+        "L2": from_cache / L2_BYTES,
     }
     # Output, scores of two tiles while they overlap, weights as operands.
     registers = dimension // 2 + keys // 2 + keys // 4 + BOOKKEEPING
@@ -211,6 +212,7 @@ KERNELS: dict[str, Kernel] = {
             "keys": (64, 96, 128, 160, 192),
             "stages": (2, 3, 4),
             "take_turns": (1, 0),
+            "pair_heads": (1, 0),
             "own_output": (1, 0),
         },
         attention_forward,

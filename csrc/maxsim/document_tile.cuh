@@ -8,8 +8,8 @@ namespace jmlr::maxsim {
 
 template <class Element>
 struct DocumentTile {
-    int64_t first_query;  // the first that meets the document
-    int64_t document;     // among the documents of a query
+    int first_query;  // the first that meets the document
+    int document;     // among the documents of a query; a grid has fewer than 2**31 blocks
     Text<Element> text;
     int first_token;
     int first_column;
@@ -27,8 +27,8 @@ JMLR_DEVICE DocumentTile<Element> tile_of_document(const Params& p, int64_t numb
     const Problem& problem = p.problem;
     DocumentTile<Element> tile;
     tile.first_column = first_column;
-    tile.first_query = problem.candidates ? number / problem.documents_per_query : 0;
-    tile.document = number - tile.first_query * problem.documents_per_query;
+    tile.first_query = problem.candidates ? int(number / problem.documents_per_query) : 0;
+    tile.document = int(number - tile.first_query * problem.documents_per_query);
     tile.text = text_of<Element>(problem, tile.first_query, tile.document);
     tile.first_token = 0;
     tile.row_count = int(problem.query_length * (problem.candidates ? 1 : problem.query_count));
@@ -39,7 +39,7 @@ JMLR_DEVICE DocumentTile<Element> tile_of_document(const Params& p, int64_t numb
 template <class Element, class Params>
 JMLR_DEVICE QueryToken query_token(const Params& p, const DocumentTile<Element>& tile, int row) {
     int query = p.query_length.divide(row);
-    return {tile.first_query + query, row - query * p.query_length.divisor()};
+    return {int64_t(tile.first_query) + query, row - query * p.query_length.divisor()};
 }
 
 // Where the winner of a query token in the tile's document is saved.

@@ -106,7 +106,7 @@ struct QueryGradient {
         uint32_t taken = tiles::ballot(won);
         const Element* base = static_cast<const Element*>(problem.documents);
         int columns = int(problem.dimension);
-        if constexpr (kLanes == tiles::kWarp) {
+        if constexpr (kLanes == tiles::kWarp && kRows == kRowsUnderWay) {
             auto add = [&](int entry, const Slice<kPerLane>& row) {
                 add_scaled(sum, tiles::shuffle(factor, entry), row);
             };

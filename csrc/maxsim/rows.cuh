@@ -157,23 +157,25 @@ JMLR_DEVICE uint32_t word_of(const Slice<kCount>& slice, int i) {
     else return tiles::pack<Element>(slice.value[2 * i], slice.value[2 * i + 1]);
 }
 
+// To an address that is aligned to the slice's size, or to 16 bytes.
+template <int kCount, class Element>
+JMLR_DEVICE void store_whole(Element* to, const Slice<kCount>& slice) {
+    constexpr int kBytes = kCount * int(sizeof(Element)), kWordBytes = tiles::smaller(kBytes, 16);
+    JMLR_UNROLL
+    for (int part = 0; part < kBytes / kWordBytes; ++part) {
+        Word<kWordBytes> word;
+        JMLR_UNROLL
+        for (int i = 0; i < kWordBytes / 4; ++i) word.word[i] = word_of<Element>(slice, part * (kWordBytes / 4) + i);
+        tiles::store(reinterpret_cast<Word<kWordBytes>*>(to) + part, word);
+    }
+}
+
 template <int kCount, class Element>
 JMLR_DEVICE void store_slice(Element* row, int first, int columns, bool whole, const Slice<kCount>& slice) {
-    constexpr int kBytes = kCount * int(sizeof(Element)), kWordBytes = tiles::smaller(kBytes, 16);
-    if (whole && first + kCount <= columns) {
-        JMLR_UNROLL
-        for (int part = 0; part < kBytes / kWordBytes; ++part) {
-            Word<kWordBytes> word;
-            JMLR_UNROLL
-            for (int i = 0; i < kWordBytes / 4; ++i)
-                word.word[i] = word_of<Element>(slice, part * (kWordBytes / 4) + i);
-            tiles::store(reinterpret_cast<Word<kWordBytes>*>(row + first) + part, word);
-        }
-    } else {
-        JMLR_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-            if (first + i < columns) tiles::store(row + first + i, tiles::from_float<Element>(slice.value[i]));
-        }
+    if (whole && first + kCount <= columns) return store_whole(row + first, slice);
+    JMLR_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+        if (first + i < columns) tiles::store(row + first + i, tiles::from_float<Element>(slice.value[i]));
     }
 }
 

@@ -63,6 +63,14 @@ inline int64_t document_gradient_blocks(const Problem& p, const BackwardPlan& pl
     return p.document_count() * plan.token_tiles * plan.chunks;
 }
 
+template <class Element, int kDimension>
+void launch_document_gradient(const Problem& p, const BackwardInput& in, const BackwardOutput& out,
+                              const BackwardPlan& plan, const int32_t* kept_lengths, float* wide, void* stream) {
+    using Kernel = DocumentGradient<Element, kDimension>;
+    tiles::launch<Kernel>(document_gradient_params<Kernel, Element>(p, in, out, plan, kept_lengths, wide),
+                          document_gradient_blocks(p, plan), stream);
+}
+
 template <class Element>
 void finish_rows(typename FinishRows<Element>::Params params, bool aligned, void* stream) {
     using Kernel = FinishRows<Element>;
@@ -113,11 +121,9 @@ template <class Element, int kDimension>
 void launch_gradients(const Problem& p, const BackwardInput& in, const BackwardOutput& out, const BackwardPlan& plan,
                       const int32_t* kept_lengths, float* parts, float* wide, void* stream) {
     using Queries = QueryGradient<Element, kDimension>;
-    using Documents = DocumentGradient<Element, kDimension>;
     launch_query_gradient<Queries>(query_gradient_params<Queries, Element>(p, in, out, plan, kept_lengths, parts),
                                    query_gradient_warps(p, plan), stream);
-    tiles::launch<Documents>(document_gradient_params<Documents, Element>(p, in, out, plan, kept_lengths, wide),
-                             document_gradient_blocks(p, plan), stream);
+    launch_document_gradient<Element, kDimension>(p, in, out, plan, kept_lengths, wide, stream);
 }
 
 template <class Element>
@@ -130,5 +136,17 @@ void backward_of(const Problem& p, const BackwardInput& in, const BackwardOutput
             launch(p, in, out, plan, kept_lengths, parts, wide, stream);
         });
 }
+
+// Launches of kernels that other architectures' backward passes share: compiled once, for all chips, where the type's
+// sm80_*.cu says JMLR_SHARED_LAUNCHES(, Element), and only named elsewhere (`extern`). The same kernel compiled in two
+// files, of which one is for a single chip, would be one name for two programs.
+#define JMLR_SHARED_LAUNCHES(kind, Element)                                                               \
+    kind template void finish_rows<Element>(FinishRows<Element>::Params, bool, void*);                    \
+    kind template void launch_document_gradient<Element, 64>(const Problem&, const BackwardInput&,        \
+                                                             const BackwardOutput&, const BackwardPlan&,  \
+                                                             const int32_t*, float*, void*);              \
+    kind template void launch_document_gradient<Element, 128>(const Problem&, const BackwardInput&,       \
+                                                              const BackwardOutput&, const BackwardPlan&, \
+                                                              const int32_t*, float*, void*);
 
 }  // namespace jmlr::maxsim::sm80

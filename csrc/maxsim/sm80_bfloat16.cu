@@ -4,6 +4,8 @@
 
 namespace jmlr::maxsim::sm80 {
 
+JMLR_SHARED_LAUNCHES(, tiles::BFloat16)
+
 void forward_bfloat16(const Problem& p, const ForwardOutput& out, void* scratch, int processors, void* stream) {
     forward_of<tiles::BFloat16>(p, out, scratch, processors, stream);
 }

@@ -4,6 +4,8 @@
 
 namespace jmlr::maxsim::sm80 {
 
+JMLR_SHARED_LAUNCHES(, float)
+
 void forward_float(const Problem& p, const ForwardOutput& out, void* scratch, int processors, void* stream) {
     forward_of<float>(p, out, scratch, processors, stream);
 }

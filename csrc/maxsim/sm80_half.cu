@@ -4,6 +4,8 @@
 
 namespace jmlr::maxsim::sm80 {
 
+JMLR_SHARED_LAUNCHES(, tiles::Half)
+
 void forward_half(const Problem& p, const ForwardOutput& out, void* scratch, int processors, void* stream) {
     forward_of<tiles::Half>(p, out, scratch, processors, stream);
 }

@@ -54,12 +54,10 @@ void launch_gradients(const Problem& p, const BackwardInput& in, const BackwardO
     constexpr int kLanes = gradient_lanes(int(sizeof(Element)), kDimension);
     using Queries = QueryGradient<Element, kDimension, kLanes,
                                   BothGradients<Element, kDimension, false>::Documents::kTiles.rows_under_way>;
-    using Documents = DocumentGradient<Element, kDimension>;
     sm80::launch_query_gradient<Queries>(
         sm80::query_gradient_params<Queries, Element>(p, in, out, plan, kept_lengths, parts),
         sm80::query_gradient_warps(p, plan), stream);
-    tiles::launch<Documents>(sm80::document_gradient_params<Documents, Element>(p, in, out, plan, kept_lengths, wide),
-                             sm80::document_gradient_blocks(p, plan), stream);
+    sm80::launch_document_gradient<Element, kDimension>(p, in, out, plan, kept_lengths, wide, stream);
 }
 
 template <class Element>

@@ -1,11 +1,18 @@
 #include "sm90_backward.cuh"
 #include "sm90_backward.h"
 
-namespace jmlr::maxsim::sm90 {
+namespace jmlr::maxsim {
+
+namespace sm80 {
+JMLR_SHARED_LAUNCHES(extern, float)
+}
+
+namespace sm90 {
 
 void backward_float(const Problem& p, const BackwardInput& in, const BackwardOutput& out, void* scratch, int processors,
                     void* stream) {
     backward_of<float>(p, in, out, scratch, processors, stream);
 }
 
-}  // namespace jmlr::maxsim::sm90
+}  // namespace sm90
+}  // namespace jmlr::maxsim

@@ -206,9 +206,9 @@ struct SortedDocumentGradient {
         int64_t place = tile.text.place + tile.first_token + token;
         int columns = int(p.problem.dimension), first = first_column(tile);
         if (p.wide != nullptr) {
-            if (active) store_slice(p.wide + place * columns, first, columns, true, sum);
+            if (active && first < columns) store_whole(p.wide + place * columns + first, sum);
         } else if constexpr (!kNormalized) {
-            if (active) store_slice(p.grad_documents + place * columns, first, columns, true, sum);
+            if (active && first < columns) store_whole(p.grad_documents + place * columns + first, sum);
         } else {
             RowEnd<Element, Element, kPerLane, kLanes> end{};
             end.row = tile.text.first + (tile.first_token + token) * p.problem.document_token_stride;
@@ -293,9 +293,10 @@ struct SortedDocumentGradient {
         const int columns = int(p.problem.dimension), first = first_column(tile);
         for (int token = tiles::thread_index() / kLanes; token < tokens; token += kGroups) {
             if (firsts().read(token) != firsts().read(token + 1)) continue;
-            int64_t place = (tile.text.place + tile.first_token + token) * columns;
-            if (p.wide != nullptr) store_slice(p.wide + place, first, columns, true, Slice<kPerLane>{});
-            else store_slice(p.grad_documents + place, first, columns, true, Slice<kPerLane>{});
+            if (first >= columns) continue;
+            int64_t place = (tile.text.place + tile.first_token + token) * columns + first;
+            if (p.wide != nullptr) store_whole(p.wide + place, Slice<kPerLane>{});
+            else store_whole(p.grad_documents + place, Slice<kPerLane>{});
         }
     }
 

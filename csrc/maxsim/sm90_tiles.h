@@ -30,8 +30,9 @@ struct ForwardTiles {
 };
 
 // Query rows stay in registers, 32 of a thread for 64 rows of 128 columns, and so leave shared memory and its bandwidth
-// to the documents. With two row tiles a warpgroup takes the maxima of one while the tensor cores work on the other.
-// A longer embedding leaves registers for one; and where few rows share a document its bytes are the limit.
+// to the documents. With two row tiles a warpgroup takes the maxima of one while the tensor cores work on the other;
+// longer embeddings leave registers for the similarities of 64 tokens. Where few rows share a document its bytes are
+// the limit: smaller boxes read less past its end.
 constexpr ForwardTiles forward_tiles(int dimension, Sharing sharing) {
     if (sharing == Sharing::many) {
 #ifdef JMLR_TUNE_MAXSIM_FORWARD
@@ -39,10 +40,10 @@ constexpr ForwardTiles forward_tiles(int dimension, Sharing sharing) {
 #endif
 #include "sm90_tuned_forward.inc"
     }
-    int row_tiles = sharing == Sharing::few || dimension == 256 ? 1 : 2;
-    int stages = dimension == 64 ? 8 : dimension == 128 ? 6 : 3;
-    if (sharing == Sharing::many) return {2, row_tiles, false, 128, 64, 16, stages, true, true};
-    return {2, row_tiles, true, 128, 32, 32, dimension == 256 ? 2 : stages, false, true};
+    int row_tiles = sharing == Sharing::few ? 1 : 2, tokens = dimension == 256 ? 64 : 128;
+    int stages = dimension == 64 ? 8 : 6;
+    if (sharing == Sharing::many) return {2, row_tiles, false, tokens, 64, 16, stages, true, true};
+    return {2, row_tiles, true, tokens, 32, 32, stages, false, true};
 }
 
 }  // namespace jmlr::maxsim::sm90

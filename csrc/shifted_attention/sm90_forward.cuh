@@ -23,8 +23,11 @@ struct ForwardParams {
     float scale_log2;
 };
 
-template <class Element, int kBlockD>
+// kCluster_ blocks work side by side on heads that share a kv head: each copies its part of every tile of keys and
+// values to all of them.
+template <class Element, int kBlockD, int kCluster_>
 struct Forward {
+    static constexpr int kCluster = kCluster_;
     static constexpr ForwardTiles kTiles = forward_tiles(kBlockD);
     static constexpr int kWarpgroups = kTiles.warpgroups, kStages = kTiles.stages;
     static constexpr int kBlockM = kOwned * kWarpgroups, kBlockN = kTiles.keys;
@@ -47,15 +50,19 @@ struct Forward {
     static constexpr int kWork = kValues + kStages * KeyTile::kBytes, kBarriers = kWork + kWorkBytes;
     static constexpr int kSharedBytes = kBarriers + 16 * kSlots;
     static_assert(kSharedBytes <= tiles::kSharedOfHopper);
+    static_assert(kBlockN % (8 * kCluster) == 0);
     static_assert(kBlockN % 32 == 0, "half of a tile's keys are whole products");
     static_assert(kStages >= 2, "values are waited for while those of the tile before are in use");
 
     static JMLR_DEVICE void run(const Params& p) {
         if (tiles::thread_index() == 0) {
-            for (int slot = 0; slot < kSlots; ++slot) full(slot).init(1), empty(slot).init(kConsumers / tiles::kWarp);
+            for (int slot = 0; slot < kSlots; ++slot) {
+                full(slot).init(1);
+                empty(slot).init(kConsumers / tiles::kWarp * (slot == kQuerySlot ? 1 : kCluster));
+            }
             tiles::fence_barriers();
         }
-        tiles::sync_block();
+        sync_all();
         int warpgroup = tiles::warp() / tiles::kWarpgroupWarps;
         if (warpgroup == kWarpgroups) {
             tiles::give_registers<producer_registers(kWarpgroups)>();
@@ -64,9 +71,18 @@ struct Forward {
             tiles::take_registers<consumer_registers(kWarpgroups)>();
             consume(p, warpgroup);
         }
+        if (kCluster > 1) sync_all();  // others may still arrive at this block's barriers
     }
 
 private:
+    static JMLR_DEVICE void sync_all() {
+        if constexpr (kCluster > 1) {
+            tiles::sync_cluster();
+        } else {
+            tiles::sync_block();
+        }
+    }
+
     static JMLR_DEVICE Barrier full(int slot) { return Barrier(kBarriers + 16 * slot); }
     static JMLR_DEVICE Barrier empty(int slot) { return Barrier(kBarriers + 16 * slot + 8); }
     static JMLR_DEVICE OwnTile query_tile(int warpgroup) { return {kQueries + warpgroup * OwnTile::kBytes}; }
@@ -89,8 +105,10 @@ private:
         tiles::prefetch_map(p.q), tiles::prefetch_map(p.k), tiles::prefetch_map(p.v), tiles::prefetch_map(p.out);
         Ring keys, values;
         int parity = 1;
-        for (int64_t item = tiles::block_index(); item < p.items; item += tiles::block_count()) {
-            Work work = work_of<kBlockM, true>(p.layout, int(item), p.layout.heads);
+        int rank = kCluster > 1 ? tiles::cluster_rank() : 0;
+        for (int64_t item = tiles::block_index() / kCluster; item < p.items; item += tiles::block_count() / kCluster) {
+            Work work = work_of<kBlockM, true>(p.layout, int(item), p.layout.heads / kCluster);
+            work.head = work.head * kCluster + rank;
             if (work.tile >= work.document.owned) continue;
             Walk walk(work, groups_of(p.layout, work.head, work.document.length));
             int kv_head = work.head / p.layout.ratio;
@@ -110,7 +128,7 @@ private:
                 int slot = slots + ring.stage;
                 empty(slot).wait(ring.parity ^ 1);
                 full(slot).arrive_expecting(KeyTile::kBytes);
-                copy_rows(to, from, full(slot), work.document, kv_head, walk.tile(n));
+                copy_rows<kCluster>(to, from, full(slot), work.document, kv_head, walk.tile(n), rank);
                 ring.advance();
             };
             // In the order in which they are needed: scores are one tile ahead of the sums.
@@ -146,7 +164,11 @@ private:
         if (tiles::lane() == 0) empty(slot).arrive();
     }
     static JMLR_DEVICE void release(int slots, Ring& ring) {
-        release(slots + ring.stage);
+        if constexpr (kCluster == 1) {
+            release(slots + ring.stage);
+        } else if (tiles::lane() == 0) {
+            for (int block = 0; block < kCluster; ++block) empty(slots + ring.stage).arrive_at(block);
+        }
         ring.advance();
     }
 
@@ -331,38 +353,49 @@ private:
     }
 };
 
+template <class Kernel, class Element>
+void launch_forward(const ForwardProblem& problem, int processors, void* stream) {
+    Layout layout = layout_of(problem);
+    int64_t items = blocks_of(layout, problem.heads / Kernel::kCluster, Kernel::kBlockM);
+    int64_t blocks = persistent_blocks(items, processors / Kernel::kCluster) * Kernel::kCluster;
+    auto map = [&](const Input& input, int64_t heads, int rows) {
+        return map_of<Element>(input, problem, heads, rows);
+    };
+    typename Kernel::Params params{layout,
+                                   map(problem.q, problem.heads, kOwned),
+                                   map(problem.k, problem.kv_heads, Kernel::kBlockN / Kernel::kCluster),
+                                   map(problem.v, problem.kv_heads, Kernel::kBlockN / Kernel::kCluster),
+                                   map(contiguous_input(problem.out, problem, problem.heads), problem.heads, kOwned),
+                                   contiguous_rows(static_cast<Element*>(problem.out), problem, problem.heads),
+                                   problem.lse,
+                                   int(items),
+                                   int(problem.head_dim),
+                                   float(problem.scale * kLog2E)};
+    tiles::launch<Kernel>(params, blocks, stream);
+}
+
+template <class Element, int kBlockD>
+void forward_of_width(const ForwardProblem& problem, int processors, void* stream) {
+    // Neighbours share a kv head, and are both shifted or neither is.
+    bool pairs = problem.heads / problem.kv_heads % 2 == 0 && problem.heads / 2 % 2 == 0 && processors >= 2;
+    if (pairs && forward_tiles(kBlockD).pair_heads) {
+        launch_forward<Forward<Element, kBlockD, 2>, Element>(problem, processors, stream);
+    } else {
+        launch_forward<Forward<Element, kBlockD, 1>, Element>(problem, processors, stream);
+    }
+}
+
 template <class Element>
 void forward_of(const ForwardProblem& problem, int processors, void* stream) {
-    auto launch_with = [&](auto block_d) {
-        using Kernel = Forward<Element, block_d()>;
-        Layout layout = layout_of(problem);
-        int64_t items = blocks_of(layout, problem.heads, Kernel::kBlockM);
-        int64_t blocks = persistent_blocks(items, processors);
-        auto map = [&](const Input& input, int64_t heads, int rows) {
-            return map_of<Element>(input, problem, heads, rows);
-        };
-        typename Kernel::Params params{
-            layout,
-            map(problem.q, problem.heads, kOwned),
-            map(problem.k, problem.kv_heads, Kernel::kBlockN),
-            map(problem.v, problem.kv_heads, Kernel::kBlockN),
-            map(contiguous_input(problem.out, problem, problem.heads), problem.heads, kOwned),
-            contiguous_rows(static_cast<Element*>(problem.out), problem, problem.heads),
-            problem.lse,
-            int(items),
-            int(problem.head_dim),
-            float(problem.scale * kLog2E)};
-        tiles::launch<Kernel>(params, blocks, stream);
-    };
     switch (block_d_of(problem.head_dim)) {
         case 64:
-            return launch_with(std::integral_constant<int, 64>());
+            return forward_of_width<Element, 64>(problem, processors, stream);
         case 96:
-            return launch_with(std::integral_constant<int, 96>());
+            return forward_of_width<Element, 96>(problem, processors, stream);
         case 128:
-            return launch_with(std::integral_constant<int, 128>());
+            return forward_of_width<Element, 128>(problem, processors, stream);
         default:
-            return launch_with(std::integral_constant<int, 256>());
+            return forward_of_width<Element, 256>(problem, processors, stream);
     }
 }
 

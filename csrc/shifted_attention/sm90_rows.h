@@ -38,14 +38,21 @@ inline int64_t persistent_blocks(int64_t items, int processors) {
 }
 
 // By one thread: the rows of a head from a document's position on, which may lie before or after the document. Beyond
-// the tensor they are zeros, beyond the document whatever memory holds.
-template <class Tile>
+// the tensor they are zeros, beyond the document whatever memory holds. In a cluster of kBlocks every block calls it,
+// with its rank, and brings its part of the rows to all of them; boxes are that much smaller.
+template <int kBlocks = 1, class Tile>
 JMLR_DEVICE void copy_rows(const Tile& to, const TensorMap& from, const tiles::Barrier& barrier,
-                           const Document& document, int head, int position) {
+                           const Document& document, int head, int position, int rank = 0) {
+    constexpr int kPart = Tile::kRows / kBlocks;
+    int row = document.first + position + rank * kPart;
     JMLR_UNROLL
     for (int panel = 0; panel < Tile::kPanels; ++panel) {
-        tiles::copy_box(to.offset + panel * Tile::kPanelBytes, from, barrier, panel * Tile::kPanelColumns, head,
-                        document.first + position, document.batch);
+        int offset = to.offset + panel * Tile::kPanelBytes + rank * kPart * 128, column = panel * Tile::kPanelColumns;
+        if constexpr (kBlocks == 1) {
+            tiles::copy_box(offset, from, barrier, column, head, row, document.batch);
+        } else {
+            tiles::copy_box_to_all((1 << kBlocks) - 1, offset, from, barrier, column, head, row, document.batch);
+        }
     }
 }
 

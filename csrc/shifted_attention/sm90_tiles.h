@@ -23,6 +23,7 @@ struct ForwardTiles {
     int keys;         // of a tile
     int stages;       // of the rings of k and v
     bool take_turns;  // warpgroups give the tensor cores their work one after the other
+    bool pair_heads;  // blocks work in pairs on two heads of a kv head, and share its keys and values
     bool own_output;  // the output is staged in memory of its own, so that the next queries come while it is written
 };
 
@@ -33,9 +34,9 @@ constexpr ForwardTiles forward_tiles(int dimension) {
     if (dimension == JMLR_TUNE_DIMENSION) return {JMLR_TUNE_ATTENTION_FORWARD};
 #endif
 #include "sm90_tuned_forward.inc"
-    if (dimension <= 64) return {2, 128, 3, true, true};
-    if (dimension <= 128) return {2, 128, 2, true, true};
-    return {2, 64, 2, false, false};
+    if (dimension <= 64) return {2, 128, 3, true, true, true};
+    if (dimension <= 128) return {2, 128, 2, true, true, true};
+    return {2, 64, 2, false, true, false};
 }
 
 struct BackwardTiles {

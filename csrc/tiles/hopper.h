@@ -13,7 +13,8 @@
 //   init(arrivals): by one thread, who then calls fence_barriers(); before use, sync_block() or sync_cluster()
 //   arrive(): releases what the calling thread did before
 //   arrive_expecting(bytes): the same, and the phase waits for that many bytes of copies too
-//   arrive_at(block): arrives at the same offset in another block of the cluster
+//   arrive_at(block): arrives at the same offset in another block of the cluster, to which what threads wrote
+//   themselves is not released
 //   wait(parity): until the phase of this parity has completed; acquires. Before the first phase wait(1) passes: a
 //       producer starts with parity 1, a consumer with 0.
 //

@@ -30,12 +30,14 @@ public:
     JMLR_DEVICE void arrive_expecting(int bytes) const {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_), "r"(bytes) : "memory");
     }
+    // Releases as far as the own block goes: ".release.cluster" would put a fence of the whole GPU before it, and what
+    // is told in this way is that products have read their tiles, which a wait has made sure of.
     JMLR_DEVICE void arrive_at(int block) const {
         asm volatile(
             "{\n"
             ".reg .b32 remote;\n"
             "mapa.shared::cluster.u32 remote, %0, %1;\n"
-            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+            "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
             "}" ::"r"(address_),
             "r"(block)
             : "memory");

@@ -21,6 +21,10 @@ LONG = {
     "a key after the queries": ((1, 300), 2, 1, 24, 130, {}),
     "a key before the queries' group": ((1, 200), 2, 1, 24, 129, {}),
     "an odd long group": ((1, 700), 2, 1, 24, 401, {}),
+    "pairs of heads": ((2, 300), 8, 2, 24, 140, {}),
+    "pairs that do not agree": ((1, 300), 6, 3, 24, 140, {}),
+    "packed pairs": ((500,), 4, 2, 24, 200, {"cu_seqlens": (0, 70, 300, 500)}),
+    "padded pairs": ((2, 300), 4, 1, 24, 250, {"seq_lens": (0, 210)}),
     "long and padded": ((3, 300), 2, 1, 24, 300, {"seq_lens": (299, 65, 193)}),
     "long and packed": ((900,), 2, 1, 24, 350, {"cu_seqlens": (0, 320, 449, 450, 840)}),
 }
@@ -138,7 +142,7 @@ def order_of_blocks(dtype):
     """No result depends on which block or warp comes first, nor on how many blocks there are."""
     tensors = make_inputs((2, 400), 4, 2, 24, dtype)[:3]
     truth = attention_sm90_calls.forward(*tensors, 300)
-    for seed, processors in ((1, 1), (2, 7), (3, 132)):
+    for seed, processors in ((1, 1), (2, 7), (3, 132)):  # one is no pair
         same(attention_sm90_calls.forward(*tensors, 300, seed=seed, processors=processors), truth)
 
 

@@ -1,4 +1,4 @@
-"""Small problems for the ways through MaxSim's backward kernels of compute capability 9.0 that those of 8.0 have not."""
+"""Small problems for the ways that MaxSim's backward kernels have at compute capability 9.0 alone."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "many: an absent row tile": {"sizes": (5, 60, 3, 40, 64), "masked": True, "weighted": True},
     "many: several sets": {"sizes": (23, 30, 3, 130, 64), "masked": True},
     "a query in parts": {"sizes": (2, 300, 3, 70, 64), "masked": True, "weighted": True},
-    "a query in parts, 256 dimensions": {"sizes": (2, 150, 3, 160, 200), "weighted": True},
+    "a query in parts, 256 dimensions": {"sizes": (1, 300, 3, 100, 200), "weighted": True},
     "few, 256 dimensions": {"sizes": (2, 20, 3, 200, 256), "masked": True},
     "candidates: few": {"sizes": (3, 33, 3, 70, 64), "candidates": True, "masked": True},
     "candidates: some": {"sizes": (3, 70, 2, 140, 72), "candidates": True, "weighted": True},
-    "candidates: parts in several sets": {"sizes": (2, 400, 3, 40, 64), "candidates": True, "masked": True},
+    "candidates: parts in several sets": {"sizes": (2, 300, 3, 40, 64), "candidates": True, "masked": True},
     "packed: few": {"sizes": (1, 30, 9, 200, 128), "packed": True},
     "packed: many": {"sizes": (10, 32, 7, 300, 64), "packed": True, "masked": True},
     "packed candidates": {"sizes": (3, 20, 3, 150, 64), "packed": True, "candidates": True, "masked": True},
@@ -72,6 +72,10 @@ def arguments_of(
     if weighted:
         weights = torch.randint(0, 4, (queries, query_tokens), generator=draw).float()
     query = integers(queries, query_tokens, dimension, draw=draw, dtype=dtype)
+    if query_mask is not None:
+        query[~query_mask] = torch.nan
+        if weights is not None:
+            weights[~query_mask] = torch.inf
     return [query, text, query_mask, document_mask, weights, offsets]
 
 
@@ -125,6 +129,10 @@ def numbers_of_any_size(dtype: torch.dtype) -> None:
     scores, winners, *_ = same([queries, documents, None, None, None, None])
     assert (winners[:, 0] == 0).all() and (winners[2:, 2] == 20).all() and scores[:, 2].isnan().all()
     assert (winners[2:, 7] == 64).all()
+    mask = torch.ones(8, 140, dtype=torch.bool)
+    mask[3, :70] = False
+    _, winners, *_ = same([queries, documents, None, mask, None, None])
+    assert (winners[:, 3] == 70).all()  # all are -inf: the first kept one
 
 
 def neighbours(dtype: torch.dtype) -> None:

@@ -45,6 +45,7 @@ def noticed_by(module: ModuleType) -> str | None:
     import attention_sm90_probes as probes
 
     todo = {name: partial(probes.layout, name) for name in (*probes.LAYOUTS, *probes.LONG)}
+    todo |= {f"{name}, 128 columns": partial(probes.layout, name, wide=128) for name in probes.LONG}
     todo |= {f"{dim} columns": partial(probes.widths, dim=dim) for dim in (64, 96, 128, 256)}
     todo |= {f"{dim} packed columns": partial(probes.packed_widths, dim=dim) for dim in (64, 96, 128, 256)}
     attention_sm90_calls.kernels = module

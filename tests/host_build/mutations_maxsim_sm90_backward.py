@@ -1,4 +1,4 @@
-"""Bugs that MaxSim's backward kernels of compute capability 9.0 might have, one line each, and the build that shows them.
+"""Bugs that MaxSim's backward kernels of compute capability 9.0 might have, and the build that shows them.
 
 ``python tests/host_build/mutations_maxsim_sm90_backward.py`` tries all of them (or those whose name holds an argument)
 and prints which probe, or which check of the emulator, noticed; exit code 1 if one survived.
@@ -21,7 +21,8 @@ SOURCES = [
     "maxsim_sm90_backward_module.cpp",
 ]
 _SIGNATURE = (
-    "void backward_{0}(const Problem&, const BackwardInput&, const BackwardOutput&, void*, int, void*) {{ std::abort(); }}"
+    "void backward_{0}(const Problem&, const BackwardInput&, const BackwardOutput&, void*, int, void*)"
+    " {{ std::abort(); }}"
 )
 # The module's entry, and the element types that are left out.
 _ENTRY = mutations_maxsim.EXTRA["only_maxsim.cpp"]

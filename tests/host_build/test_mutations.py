@@ -9,6 +9,8 @@ from types import ModuleType
 import mutations_attention_sm90
 import mutations_maxsim
 import mutations_maxsim_compressed
+import mutations_maxsim_sm90
+import mutations_maxsim_sm90_backward
 import mutations_maxsim_smooth
 import mutations_shifted_attention
 import pytest
@@ -32,6 +34,13 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
         "the length of the first chunk",
         "scratch for other tiles",
     ),
+    mutations_maxsim_sm90_backward: (
+        "no barrier after sorting",
+        "ranks of another lane",
+        "heads are forgotten",
+        "groups without rows end a token",
+        "blocks of d(queries) too few",
+    ),
     mutations_maxsim_smooth: (
         "places past the end are added",
         "equal maxima decay",
@@ -48,6 +57,15 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
         "a turn that is not passed on",
         "work is told before it is asked for",
         "a box beyond the document",
+    ),
+    mutations_maxsim_sm90: (
+        "no wait for an empty stage",
+        "a lane may still read the note",
+        "one ring for both warpgroups",
+        "nobody has the first turn",
+        "neighbours are equal",
+        "bits of other lanes",
+        "packed masks overlap",
     ),
     mutations_shifted_attention: (
         "no barrier before values are read",
