@@ -23,8 +23,8 @@ struct ForwardTiles {
     int keys;         // of a tile
     int stages;       // of the rings of k and v
     bool take_turns;  // warpgroups give the tensor cores their work one after the other
-    bool pair_heads;  // blocks work in pairs on two heads of a kv head, and share its keys and values
     bool own_output;  // the output is staged in memory of its own, so that the next queries come while it is written
+    bool pair_heads = true;  // blocks work in pairs on two heads of a kv head, and share its keys and values
 };
 
 // Chosen by arithmetic (docs/hopper.md), not yet timed: 128 queries divide the usual groups, and 128 keys let products

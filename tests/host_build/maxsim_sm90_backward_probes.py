@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import maxsim_calls
 import torch
@@ -71,6 +72,18 @@ def aligned_candidates(dtype: torch.dtype) -> None:
         close(dtype, case.to(dtype))
 
 
+def one_side_not_aligned(dtype: torch.dtype) -> None:
+    """Rows of queries or of documents alone that start beside a multiple of 16 bytes."""
+    case = make_case(query_count=3, query_length=9, documents=2, document_length=30, dimension=64).to(dtype)
+    for name in ("queries", "documents"):
+        side = getattr(case, name)
+        beside = torch.empty(*side.shape[:-1], side.shape[-1] + 8, dtype=dtype)[..., 1 : side.shape[-1] + 1]
+        found = replace(case, **{name: beside.copy_(side)}).run("triton")
+        expected = case.run("torch")
+        for gradient in ("grad_queries", "grad_documents"):
+            torch.testing.assert_close(found[gradient], expected[gradient])
+
+
 def more_rows_than_a_list(dtype: torch.dtype) -> None:
     """Query tokens that do not fit the list are scanned as by the kernels of compute capability 8.0."""
     case = make_case(query_count=33, query_length=500, documents=2, document_length=3, dimension=8)
@@ -93,6 +106,7 @@ PROBES: dict[str, Callable[[torch.dtype], None]] = {
         packed_documents_past_their_tiles,
         chunks_of_aligned_rows,
         aligned_candidates,
+        one_side_not_aligned,
         more_rows_than_a_list,
         more_queries_than_kept_gradients,
     )

@@ -13,15 +13,10 @@ from types import ModuleType
 
 import mutations_maxsim
 import torch
-from mutate import HERE, first_failure, read_mutations, try_all
+from mutate import first_failure, read_mutations, try_all
 
 DTYPE = torch.float16
-SOURCES = [
-    *mutations_maxsim.SOURCES,
-    "maxsim_sm90_forward_module.cpp",
-    "maxsim_sm90_half.cpp",
-    *sorted(path.name for path in HERE.glob("hopper_*.cpp") if path.name != "hopper_module.cpp"),
-]
+SOURCES = [*mutations_maxsim.SOURCES, "maxsim_sm90_forward_module.cpp", "maxsim_sm90_half.cpp"]
 EXTRA = {
     "only_maxsim_sm90.cpp": mutations_maxsim.EXTRA["only_maxsim.cpp"]
     .replace("void bind_maxsim(", "void bind_maxsim_sm90_forward(pybind11::module_& module);\nvoid bind_maxsim(")

@@ -59,6 +59,13 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
         "work is told before it is asked for",
         "a box beyond the document",
     ),
+    mutations_maxsim_sm90: (
+        "no wait for an empty stage",
+        "a lane may still read the note",
+        "one ring for both warpgroups",
+        "nobody has the first turn",
+        "neighbours are equal",
+    ),
     mutations_attention_sm90_backward: (
         "a stage is filled before it is empty",
         "products do not see what was cleared",
@@ -67,15 +74,6 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
         "dk: lanes still read statistics",
         "dk: a stage is kept while others are passed by",
         "dk: another head's statistics",
-    ),
-    mutations_maxsim_sm90: (
-        "no wait for an empty stage",
-        "a lane may still read the note",
-        "one ring for both warpgroups",
-        "nobody has the first turn",
-        "neighbours are equal",
-        "bits of other lanes",
-        "packed masks overlap",
     ),
     mutations_shifted_attention: (
         "no barrier before values are read",
