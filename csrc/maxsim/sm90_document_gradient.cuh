@@ -94,7 +94,7 @@ struct SortedDocumentGradient {
             for (int i = 0; i < kSteps; ++i) {
                 if (first + i * tiles::kWarp >= share) break;
                 int row = first_row + i * tiles::kWarp, token = winners[i] - tile.first_token;
-                bool hit = row < tile.row_count && lies_in_tile(p, tile, query_token(p, tile, row), token, tokens);
+                bool hit = lies_in_tile(p, tile, query_token(p, tile, row), token, tokens);
                 count_winner(own, hit, token, tokens, placed, row);
             }
         }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import maxsim_calls
 import torch
 from maxsim_cases import make_case
 from maxsim_probes import close
+
+from jmlr_kernels import maxsim
 
 # What a block of a GPU of compute capability 9.0 may ask for.
 KILOBYTES = 227
@@ -75,13 +76,14 @@ def aligned_candidates(dtype: torch.dtype) -> None:
 def one_side_not_aligned(dtype: torch.dtype) -> None:
     """Rows of queries or of documents alone that start beside a multiple of 16 bytes."""
     case = make_case(query_count=3, query_length=9, documents=2, document_length=30, dimension=64).to(dtype)
-    for name in ("queries", "documents"):
-        side = getattr(case, name)
+    sides = {"queries": case.queries, "documents": case.documents}
+    expected = case.run("torch")
+    for name, side in sides.items():
         beside = torch.empty(*side.shape[:-1], side.shape[-1] + 8, dtype=dtype)[..., 1 : side.shape[-1] + 1]
-        found = replace(case, **{name: beside.copy_(side)}).run("triton")
-        expected = case.run("torch")
-        for gradient in ("grad_queries", "grad_documents"):
-            torch.testing.assert_close(found[gradient], expected[gradient])
+        leaves = [tensor.detach().requires_grad_() for tensor in {**sides, name: beside.copy_(side)}.values()]
+        maxsim(*leaves, backend="triton").backward(case.grad_scores)
+        for leaf, gradient in zip(leaves, ("grad_queries", "grad_documents"), strict=True):
+            torch.testing.assert_close(leaf.grad, expected[gradient])
 
 
 def more_rows_than_a_list(dtype: torch.dtype) -> None:
