@@ -67,10 +67,11 @@ class Variant:
     def label(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.tiles)
 
-    def flags(self) -> list[str]:
-        """What makes the C++ function of these tiles answer them."""
-        values = ",".join(str(value) for _, value in self.tiles)
-        return [f"-D{hopper_tiles.KERNELS[self.kernel].macro}={values}", f"-DJMLR_TUNE_DIMENSION={self.dimension}"]
+    def header(self) -> str:
+        """What makes the C++ function of these tiles answer them. Not a flag: nvcc cuts those at commas."""
+        values = ", ".join(str(value) for _, value in self.tiles)
+        macro = hopper_tiles.KERNELS[self.kernel].macro
+        return f"#define {macro} {values}\n#define JMLR_TUNE_DIMENSION {self.dimension}\n"
 
 
 def variants(kernel: str, dimension: int, top: int) -> list[Variant]:
@@ -103,6 +104,7 @@ def build(chosen: list[Variant], scratch: Path, workers: int) -> dict[Variant, P
     jobs: list[tuple[Path, list[str]]] = [(target, command) for _, target, command in steps]
     for variant, folder in own.items():
         folder.mkdir(exist_ok=True)
+        (folder / "variant.h").write_text(variant.header())
         jobs += [
             (folder / target.name, _for_variant(command, folder / target.name, variant))
             for source, target, command in steps
@@ -149,7 +151,7 @@ def _for_variant(command: list[str], target: Path, variant: Variant) -> list[str
     library = _build_library()
     usual = f"-DJMLR_NAMESPACE={library.NAMESPACE}"
     changed = [f"-DJMLR_NAMESPACE={variant.namespace}" if word == usual else word for word in command]
-    return [*changed[:-1], str(target), *variant.flags()]
+    return [*changed[:-1], str(target), "-include", str(target.with_name("variant.h"))]
 
 
 def _run(command: list[str]) -> str | None:

@@ -24,7 +24,7 @@ struct ForwardTiles {
     int stages;       // of the rings of k and v
     bool take_turns;  // warpgroups give the tensor cores their work one after the other
     bool own_output;  // the output is staged in memory of its own, so that the next queries come while it is written
-    bool pair_heads = true;  // blocks work in pairs on two heads of a kv head, and share its keys and values
+    bool pair_heads;  // blocks work in pairs on two heads of a kv head, and share its keys and values
 };
 
 // Chosen by arithmetic (docs/hopper.md), not yet timed: 128 queries divide the usual groups, and 128 keys let products
@@ -36,7 +36,7 @@ constexpr ForwardTiles forward_tiles(int dimension) {
 #include "sm90_tuned_forward.inc"
     if (dimension <= 64) return {2, 128, 3, true, true, true};
     if (dimension <= 128) return {2, 128, 2, true, true, true};
-    return {2, 64, 2, false, true, false};
+    return {2, 64, 2, false, false, true};
 }
 
 struct BackwardTiles {

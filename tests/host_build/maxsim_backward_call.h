@@ -5,13 +5,6 @@
 
 namespace host_build {
 
-inline WinnerCode code_of(const TensorArgument& winners, int none, bool marked) {
-    WinnerType type = winners.dtype == "uint8"    ? WinnerType::uint8
-                      : winners.dtype == "uint16" ? WinnerType::uint16
-                                                  : WinnerType::int32;
-    return {type, none, marked};
-}
-
 inline Rule rule_of(const std::string& name) {
     if (name == "scores") return Rule::scores;
     if (name == "tokens") return Rule::tokens;

@@ -35,12 +35,13 @@ def test_no_search_offers_what_does_not_fit(name: str, dimension: int) -> None:
         assert 0 < estimate.share <= 1
 
 
-def answer(name: str, dimension: int, flags: list[str], include: Path) -> dict[str, int]:
-    """What the C++ function answers in a build with these flags."""
+def answer(name: str, dimension: int, header: str, include: Path) -> dict[str, int]:
+    """What the C++ function answers in a build that begins with this header."""
     kernel = hopper_tiles.KERNELS[name]
     program = include / "answer"
     source = "\n".join(
         [
+            header,
             "#include <cstdio>",
             f'#include "{kernel.family}/sm90_tiles.h"',
             f"using namespace jmlr::{kernel.family}::sm90;",
@@ -50,7 +51,7 @@ def answer(name: str, dimension: int, flags: list[str], include: Path) -> dict[s
         ]
     )
     program.with_suffix(".cpp").write_text(source)
-    command = ["g++", "-std=c++17", f"-I{include}", *flags, str(program.with_suffix(".cpp")), "-o", str(program)]
+    command = ["g++", "-std=c++17", f"-I{include}", str(program.with_suffix(".cpp")), "-o", str(program)]
     subprocess.run(command, check=True, capture_output=True)
     values = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
     return dict(zip(kernel.fields, map(int, values), strict=True))
@@ -60,8 +61,8 @@ def answer(name: str, dimension: int, flags: list[str], include: Path) -> dict[s
 def test_a_variant_of_the_tuner_has_its_tiles_at_its_dimension_alone(name: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", tmp_path, dirs_exist_ok=True)
     variant = tune_hopper.variants(name, 128, 2)[1]
-    assert answer(name, 128, variant.flags(), tmp_path) == dict(variant.tiles)
-    assert answer(name, 64, variant.flags(), tmp_path) == hopper_tiles.chosen()[name][64]
+    assert answer(name, 128, variant.header(), tmp_path) == dict(variant.tiles)
+    assert answer(name, 64, variant.header(), tmp_path) == hopper_tiles.chosen()[name][64]
 
 
 @pytest.mark.parametrize("name", hopper_tiles.KERNELS)
@@ -75,8 +76,8 @@ def test_what_a_tuner_writes_down_is_what_the_kernels_take(
     for tiles in (first, second):  # the second takes the first one's place
         path = tune_hopper.write_winner(name, 128, {"tiles": tiles}, environment)
         assert path.is_file() and "NVIDIA H200" in path.read_text()
-        assert answer(name, 128, [], tmp_path / "csrc") == tiles
-        assert answer(name, 64, [], tmp_path / "csrc") == hopper_tiles.chosen()[name][64]
+        assert answer(name, 128, "", tmp_path / "csrc") == tiles
+        assert answer(name, 64, "", tmp_path / "csrc") == hopper_tiles.chosen()[name][64]
 
 
 def test_libraries_of_variants_differ_in_name_and_tiles() -> None:
@@ -84,9 +85,9 @@ def test_libraries_of_variants_differ_in_name_and_tiles() -> None:
     variant = tune_hopper.Variant("maxsim-forward", 128, (("groups", 2), ("row_tiles", 1)), 3)
     command = tune_hopper._for_variant(usual, Path("y.o"), variant)
     assert command == [
-        "nvcc", "-DJMLR_NAMESPACE=jmlr_tune_maxsim_forward_128_3", "-c", "x.cu", "-o", "y.o",
-        "-DJMLR_TUNE_MAXSIM_FORWARD=2,1", "-DJMLR_TUNE_DIMENSION=128",
+        "nvcc", "-DJMLR_NAMESPACE=jmlr_tune_maxsim_forward_128_3", "-c", "x.cu", "-o", "y.o", "-include", "variant.h",
     ]  # fmt: skip
+    assert variant.header() == "#define JMLR_TUNE_MAXSIM_FORWARD 2, 1\n#define JMLR_TUNE_DIMENSION 128\n"
     family = ROOT / "csrc" / "maxsim"
     for source, differs in (
         ("sm90_bfloat16.cu", True),
