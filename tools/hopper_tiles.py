@@ -178,6 +178,29 @@ def attention_backward_dkdv(dimension: int, tiles: dict[str, int]) -> Estimate:
     return Estimate(registers, granted_registers(groups), shared, cycles, 2 * sums + scores)
 
 
+# Instructions of a warp for each winner of d(documents), two rows at a time, counted in the listing; the latency of the
+# L2 cache in cycles is a guess.
+_INSTRUCTIONS_A_ROW, _ROWS_A_STEP, _LATENCY = 25, 64, 700
+
+
+def maxsim_backward(dimension: int, tiles: dict[str, int]) -> Estimate:
+    """A step: 64 rows gathered for d(documents). What bounds it is the L2 cache; `share` is of its rate."""
+    warps, blocks = tiles["warps"], tiles["min_blocks"]
+    row = dimension * 2
+    groups = warps * 32 // (row // 16)
+    under_way = blocks * groups * tiles["rows_under_way"]
+    cycles = {
+        "L2": _ROWS_A_STEP * row / L2_BYTES,
+        "issue": _ROWS_A_STEP * _INSTRUCTIONS_A_ROW * 32 / ISSUED,
+        "latency": _ROWS_A_STEP * _LATENCY / under_way,
+    }
+    registers = tiles["rows_under_way"] * 4 + 8 + BOOKKEEPING
+    granted = min(REGISTERS // (warps * 32 * blocks) // 8 * 8, 255)
+    shared = groups * dimension * 4 + tiles["gradients"] * 4 + warps * tiles["tokens"] * 2 + tiles["rows"] * 2
+    shared += tiles["tokens"] * 4 + 2048
+    return Estimate(registers, granted, blocks * shared, cycles, cycles["L2"])
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel whose tiles are searched: the struct of its tiles in C++, the call that chooses, what may be chosen."""
@@ -188,6 +211,7 @@ class Kernel:
     estimate: Callable[[int, dict[str, int]], Estimate]
     macro: str
     dimensions: tuple[int, ...] = (64, 128)
+    header: str = "sm90_tiles.h"
 
     def candidates(self) -> Iterator[dict[str, int]]:
         for values in itertools.product(*self.fields.values()):
@@ -249,14 +273,29 @@ KERNELS: dict[str, Kernel] = {
         maxsim_forward,
         "JMLR_TUNE_MAXSIM_FORWARD",
     ),
+    "maxsim-backward": Kernel(
+        "maxsim",
+        "backward_tiles(2, {dimension}, false)",
+        {
+            "warps": (16, 8, 32),
+            "rows_under_way": (2, 4, 6, 8),
+            "min_blocks": (1, 2, 3, 4),
+            "tokens": (512, 256),
+            "rows": (16384,),
+            "gradients": (2048,),
+        },
+        maxsim_backward,
+        "JMLR_TUNE_MAXSIM_BACKWARD",
+        header="sm90_backward_tiles.h",
+    ),
 }
 
 
 def search(kernel: Kernel, dimension: int) -> list[tuple[dict[str, int], Estimate]]:
-    """All tiles that fit, the best predicted share of the tensor cores' rate first, then the most stages."""
+    """All tiles that fit, the best predicted share of the limiting rate first, then the most stages."""
     found = [(tiles, kernel.estimate(dimension, tiles)) for tiles in kernel.candidates()]
     fitting = [(tiles, estimate) for tiles, estimate in found if estimate.feasible]
-    return sorted(fitting, key=lambda pair: (-round(pair[1].share, 3), -pair[0]["stages"]))
+    return sorted(fitting, key=lambda pair: (-round(pair[1].share, 3), -pair[0].get("stages", 0)))
 
 
 @cache
@@ -281,8 +320,8 @@ def chosen() -> dict[str, dict[int, dict[str, int]]]:
 
 def _program() -> str:
     """Prints a line of JSON for each kernel and dimension."""
-    families = sorted({kernel.family for kernel in KERNELS.values()})
-    lines = ["#include <cstdio>", *(f'#include "{family}/sm90_tiles.h"' for family in families), "int main() {"]
+    headers = sorted({f"{kernel.family}/{kernel.header}" for kernel in KERNELS.values()})
+    lines = ["#include <cstdio>", *(f'#include "{header}"' for header in headers), "int main() {"]
     for name, kernel in KERNELS.items():
         for dimension in kernel.dimensions:
             form = ", ".join(f'\\"{field}\\": %d' for field in kernel.fields)
@@ -299,14 +338,15 @@ def table(name: str, dimension: int, top: int) -> Iterator[str]:
     fitting = search(kernel, dimension)
     choice = chosen()[name][dimension]
     yield f"{name}, dimension {dimension}: {len(fitting)} of {sum(1 for _ in kernel.candidates())} tiles fit"
+    limit = "L2 gives" if name == "maxsim-backward" else "the tensor cores do"
     shown = fitting[:top] + [pair for pair in fitting[top:] if pair[0] == choice]
     for tiles, estimate in shown:
         units = ", ".join(f"{unit} {cycles:.0f}" for unit, cycles in estimate.cycles.items())
         mark = "*" if tiles == choice else " "
         yield (
             f"{mark} {' '.join(f'{field}={value}' for field, value in tiles.items())}: {estimate.registers} of"
-            f" {estimate.granted} registers, {estimate.shared / 1024:.0f} KB, at most {estimate.share:.0%} of the"
-            f" matrix rate, bound by {estimate.bound} ({units})"
+            f" {estimate.granted} registers, {estimate.shared / 1024:.0f} KB, at most {estimate.share:.0%} of what"
+            f" {limit}, bound by {estimate.bound} ({units})"
         )
 
 

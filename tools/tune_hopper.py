@@ -44,6 +44,7 @@ DTYPE = torch.bfloat16
 OPERATIONS = {"shifted_attention": "attention", "maxsim": "maxsim"}
 SHAPES: dict[str, tuple[Any, ...]] = {
     "maxsim-forward": tune.FORWARD_SHAPES[128],
+    "maxsim-backward": tune.BACKWARD_SHAPES,
     "attention-forward": tune.ATTENTION_SHAPES,
     "attention-backward-dq": tune.ATTENTION_SHAPES,
     "attention-backward-dkdv": tune.ATTENTION_SHAPES,

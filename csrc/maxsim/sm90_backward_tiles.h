@@ -25,10 +25,13 @@ constexpr int gradient_lanes(int element_size, int dimension) {
 }
 
 constexpr BackwardTiles backward_tiles(int element_size, int dimension, bool normalized) {
-#ifdef JMLR_TUNE_MAXSIM_BACKWARD
-    return {JMLR_TUNE_MAXSIM_BACKWARD};
-#endif
     (void)element_size, (void)dimension;
+    if (!normalized) {
+#ifdef JMLR_TUNE_MAXSIM_BACKWARD
+        if (dimension == JMLR_TUNE_DIMENSION) return {JMLR_TUNE_MAXSIM_BACKWARD};
+#endif
+#include "sm90_tuned_backward.inc"
+    }
     return {16, 4, normalized ? 1 : 2, 512, 16384, 2048};
 }
 

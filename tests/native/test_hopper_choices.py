@@ -1,4 +1,4 @@
-"""The choices of csrc/*/sm90_tiles.h: they fit, a tuner can take their place, and what it finds is read."""
+"""The choices of csrc/*/sm90*_tiles.h: they fit, a tuner can take their place, and what it finds is read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def answer(name: str, dimension: int, header: str, include: Path) -> dict[str, i
         [
             header,
             "#include <cstdio>",
-            f'#include "{kernel.family}/sm90_tiles.h"',
+            f'#include "{kernel.family}/{kernel.header}"',
             f"using namespace jmlr::{kernel.family}::sm90;",
             f"int main() {{ constexpr auto tiles = {kernel.choice.format(dimension=dimension)};",
             *(f'std::printf("%d ", int(tiles.{field}));' for field in kernel.fields),
