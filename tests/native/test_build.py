@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(128) serialized(float* out, unsigned long long
 """
 
 
-@pytest.mark.skipif(not build_library.plan({}).nvcc, reason="needs nvcc")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_products_that_wait_for_each_other_are_an_error(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
