@@ -44,7 +44,7 @@ def test_corners_of_half(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiles", ["3, 64, 2, true, false", "2, 32, 3, false, false, false"])
+@pytest.mark.parametrize("tiles", ["3, 64, 2, true, false, true"])
 def test_other_tiles(tiles: str, tmp_path: Path) -> None:
     """What a tuner may choose, at every width of a head."""
     switch = "#ifdef JMLR_TUNE_ATTENTION_FORWARD"

@@ -37,9 +37,7 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
     ),
     mutations_maxsim_sm90_backward: (
         "no barrier after sorting",
-        "ranks of another lane",
         "heads are forgotten",
-        "groups without rows end a token",
         "blocks of d(queries) too few",
     ),
     mutations_maxsim_smooth: (
@@ -51,28 +49,20 @@ HANDFUL: dict[ModuleType, tuple[str, ...]] = {
         "shares cut to float16",
     ),
     mutations_attention_sm90: (
-        "every tile is halved",
         "no fence after clearing",
         "keys are released before the products end",
-        "no wait for values",
         "a turn that is not passed on",
-        "work is told before it is asked for",
         "a box beyond the document",
     ),
     mutations_maxsim_sm90: (
         "no wait for an empty stage",
         "a lane may still read the note",
         "one ring for both warpgroups",
-        "nobody has the first turn",
-        "neighbours are equal",
     ),
     mutations_attention_sm90_backward: (
         "a stage is filled before it is empty",
         "products do not see what was cleared",
-        "dq: operands without a fence",
-        "dq: keys before the warpgroup's group",
         "dk: lanes still read statistics",
-        "dk: a stage is kept while others are passed by",
         "dk: another head's statistics",
     ),
     mutations_shifted_attention: (
