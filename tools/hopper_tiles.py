@@ -5,8 +5,8 @@
 For each kernel it lists the tiles that fit a multiprocessor, the least predicted time first, and marks the choice of
 csrc/<family>/sm90_tiles.h. No GPU is needed, and nothing here is a measurement: `tools.tune_hopper` times the best of
 these on a GPU. What a multiprocessor does in a clock cycle is NVIDIA's documentation for compute capability 9.0; units
-are taken to overlap perfectly, so a predicted time is a bound from below. tests/host_build/test_hopper_choices.py holds the
-choices to what fits here.
+are taken to overlap perfectly, so a predicted time is a bound from below. tests/host_build/test_hopper_choices.py holds
+the choices to what fits here.
 """
 
 from __future__ import annotations
