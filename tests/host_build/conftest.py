@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -27,3 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if reason and Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the module before the first test that wants it: it takes minutes, which are no test's own."""
+    wanted = any(Path(__file__).parent in item.path.parents for item in session.items)
+    if _missing() or not wanted or session.config.option.collectonly:
+        return
+    import host_module
+
+    with contextlib.suppress(RuntimeError):  # the tests say what does not compile
+        host_module.load()

@@ -42,7 +42,8 @@ def build(
     directory.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, f"-I{here}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     if sanitize:
-        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        # Faults are the same at -O1, which compiles in half of the time.
+        flags += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     flags += extra
     compiler = os.environ.get("CXX", "g++")
     target = directory / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
