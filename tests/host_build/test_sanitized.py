@@ -46,7 +46,8 @@ def test_kernels_under_sanitizers():
     # elsewhere.
     without = ["test_resources.py", "test_executed.py", "test_hopper_choices.py", "test_mutations.py"]
     ignored = [word for name in without for word in ("--ignore", str(HERE / name))]
-    done = sanitized("-m", "pytest", *options, *ignored, str(HERE))
+    # Of the two types of 16 bits one shows the same faults.
+    done = sanitized("-m", "pytest", *options, "-k", "not torch.float16", *ignored, str(HERE))
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout
 
